@@ -1,0 +1,240 @@
+"""The command line: each command reads, calls and renders; heavy imports stand inside, so that --help answers at once."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lora_tune.cli import render
+from lora_tune.errors import LoraTuneError, UsageError
+
+_EXAMPLE = """Fine-tune a chat model with LoRA or QLoRA from one recipe.
+
+Example: lora-tune recipes cp quickstart my.yaml && lora-tune train my.yaml && lora-tune chat home-assistant
+"""
+app = typer.Typer(
+    help=_EXAMPLE, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+)
+recipes_app = typer.Typer(help="Recipes that ship with lora_tune.", no_args_is_help=True, rich_markup_mode=None)
+adapters_app = typer.Typer(
+    help="Adapters in the registry, or in a folder.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(recipes_app, name="recipes")
+app.add_typer(adapters_app, name="adapters")
+
+Recipe = Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting; repeatable.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object (train: JSON Lines) instead of text.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+Adapter = Annotated[
+    str, typer.Argument(help="A folder, or name, name@3, name@sha256:… in the registry.", show_default=False)
+]
+Base = Annotated[
+    str | None, typer.Option("--base", help="Another place of the same base: a folder, .gguf file or hub id.")
+]
+Registry = Annotated[
+    Path | None, typer.Option("--registry", help="Registry folder; default LORA_TUNE_ADAPTERS, or adapters/.")
+]
+
+
+@app.command()
+def check(recipe: Recipe, set_: Sets = None, tokens: Annotated[bool, typer.Option("--tokens", help="Also tokenize every row.")] = False,
+          as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
+    """Check a recipe and its rows; nothing is loaded, nothing written."""
+    from lora_tune.cli import verbs
+
+    render.checked(verbs.check(recipe, set_ or (), tokens=tokens), as_json=as_json)
+
+
+@app.command()
+def preview(recipe: Recipe, rows: Annotated[int, typer.Option("-n", min=1, help="Rows to show.")] = 3, set_: Sets = None,
+            as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
+    """Show the tokens of some rows in colour, and which of them are trained."""
+    from lora_tune.cli import verbs
+
+    render.preview(verbs.preview(recipe, set_ or (), rows=rows), as_json=as_json)
+
+
+@app.command()
+def train(recipe: Recipe, set_: Sets = None,
+          run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Run folder; default runs/NAME-TIME.")] = None,
+          dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop before the base is loaded; nothing is written.")] = False,
+          registry: Registry = None, as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
+    """Train an adapter from a recipe, prove it, measure it and put it into the registry."""
+    from lora_tune.cli import verbs
+
+    view = render.TrainView(as_json=as_json)
+    with view:
+        outcome = verbs.train(
+            recipe, set_ or (), run_dir=run_dir, dry_run=dry_run, registry=registry, notify=view.notify
+        )
+    view.finish(outcome)
+
+
+@app.command(name="eval")
+def eval_(adapter: Adapter, data: Annotated[Path | None, typer.Option("--data", help="Rows to measure on; default the recipe's held-out rows.")] = None,
+          base_too: Annotated[bool, typer.Option("--base-too/--adapter-only", help="Measure the base beside the adapter.")] = True,
+          generate: Annotated[int, typer.Option("--generate", min=0, help="Longest generated answer in tokens; 0 generates none.")] = 64,
+          rows: Annotated[int, typer.Option("--rows", min=1, help="At most so many rows are answered.")] = 200,
+          base: Base = None, registry: Registry = None, as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
+    """Measure an adapter beside its base: loss, perplexity, token accuracy, exact match."""
+    from lora_tune.cli import verbs
+
+    with render.Progress() as progress:
+        measured = verbs.evaluate(
+            adapter,
+            data,
+            base_too=base_too,
+            generate=generate,
+            rows=rows,
+            base=base,
+            registry=registry,
+            progress=progress,
+        )
+    render.evaluation(measured, as_json=as_json)
+
+
+@app.command()
+def chat(model: Annotated[str, typer.Argument(help="An adapter, or a base: builtin:…, folder, .gguf, hub id.", show_default=False)],
+         prompt: Annotated[str | None, typer.Option("--prompt", help="One prompt; without it, lines are read until the end.")] = None,
+         system: Annotated[str | None, typer.Option("--system", help="System message; an adapter's own is the default.")] = None,
+         system_from: Annotated[str | None, typer.Option("--system-from", help="Take the system message that this adapter was trained with.")] = None,
+         max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 256,
+         temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")] = 0.0,
+         base: Base = None, registry: Registry = None, as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
+    """Talk to an adapter or a base; answers stream, piped input works."""
+    from lora_tune.cli import verbs
+
+    with render.Progress() as progress:
+        talk = verbs.open_chat(
+            model, system=system, system_from=system_from, base=base, registry=registry, progress=progress
+        )
+    render.chat(talk, prompt, max_tokens=max_tokens, temperature=temperature, as_json=as_json)
+
+
+@app.command()
+def merge(adapter: Adapter, out: Annotated[Path, typer.Argument(help="New folder for the merged model.", show_default=False)],
+          onto: Annotated[str, typer.Option("--onto", help="trained: the weights it was trained on; original: full precision.")] = "trained",
+          base: Base = None, registry: Registry = None, as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
+    """Merge an adapter into its base, with a receipt of what that changed."""
+    from lora_tune.cli import verbs
+
+    with render.Progress() as progress:
+        receipt = verbs.merge(adapter, out, onto=onto, base=base, registry=registry, progress=progress)
+    render.result(receipt, as_json=as_json, title=f"merged into {out}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe, for editors."""
+    from lora_tune.cli import verbs
+
+    render.json_object(verbs.schema())
+
+
+@recipes_app.command("ls")
+def recipes_ls(as_json: Json = False, debug: Debug = False) -> None:
+    """List the recipes and what each is for."""
+    from lora_tune.cli import verbs
+
+    render.recipes(verbs.list_recipes(), as_json=as_json)
+
+
+@recipes_app.command("show")
+def recipes_show(
+    name: Annotated[str, typer.Argument(show_default=False)], as_json: Json = False, debug: Debug = False
+) -> None:
+    """Print one recipe."""
+    from lora_tune.cli import verbs
+
+    render.text(verbs.read_recipe(name), key="recipe", as_json=as_json)
+
+
+@recipes_app.command("cp")
+def recipes_cp(name: Annotated[str, typer.Argument(show_default=False)], file: Annotated[Path, typer.Argument(show_default=False)],
+               as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
+    """Copy one recipe, and its demo data if it has any, to start your own from."""
+    from lora_tune.cli import verbs
+
+    render.result(
+        {"copied": [str(path) for path in verbs.copy_recipe(name, file)]},
+        as_json=as_json,
+        title=f"next: lora-tune check {file}",
+    )
+
+
+@adapters_app.command("list")
+def adapters_list(registry: Registry = None, as_json: Json = False, debug: Debug = False) -> None:
+    """List every adapter version in the registry."""
+    from lora_tune.cli import verbs
+
+    render.adapters(verbs.list_adapters(registry), as_json=as_json)
+
+
+@adapters_app.command("inspect")
+def adapters_inspect(adapter: Adapter, registry: Registry = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Show what an adapter says about itself, after every check that needs no base."""
+    from lora_tune.cli import verbs
+
+    render.result(verbs.inspect(adapter, registry), as_json=as_json)
+
+
+@adapters_app.command("verify")
+def adapters_verify(
+    adapter: Adapter, base: Base = None, registry: Registry = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """Replay the adapter's golden probes on the base at hand; exit 0 only when it behaves as when it was trained."""
+    from lora_tune.cli import verbs
+
+    with render.Progress() as progress:
+        result = verbs.verify(adapter, base=base, registry=registry, progress=progress)
+    render.result(result, as_json=as_json)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line and exit with the code of docs/reference/exit-codes.md."""
+    arguments = sys.argv[1:] if argv is None else argv
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and return its exit code; the only place where every exception is caught."""
+    as_json, debug = "--json" in arguments, "--debug" in arguments
+    command: Any = typer.main.get_command(app)
+    try:
+        code = command.main(arguments, prog_name="lora-tune", standalone_mode=False)
+        return int(code) if isinstance(code, int) else 0
+    except LoraTuneError as err:
+        if debug:
+            raise
+        return render.error(err, as_json=as_json)
+    except KeyboardInterrupt:
+        render.note("interrupted; nothing was exported")
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): that is no error, but Python would print one at exit.
+        sys.stdout = None
+        return 0
+    except Exception as err:
+        if debug:
+            raise
+        return render.error(_translate(err), as_json=as_json)
+
+
+def _translate(err: Exception) -> LoraTuneError:
+    """Typer's own complaints are usage errors; anything else is our bug, and says so."""
+    if hasattr(err, "format_message") and hasattr(err, "exit_code"):
+        context = getattr(err, "ctx", None)
+        where = context.command_path if context is not None else "lora-tune"
+        return UsageError(str(err.format_message()), hint=f"`{where} --help` shows what it takes")
+    return LoraTuneError(
+        f"{type(err).__name__}: {err}",
+        hint="this is a bug of lora_tune: please report it, with the output of the same command and --debug",
+    )
+
+
+if __name__ == "__main__":
+    main()

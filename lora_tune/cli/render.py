@@ -1,0 +1,372 @@
+"""Values → a terminal, a pipe or JSON. Results go to stdout, everything else to stderr; no meaning in colour alone."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, Self
+
+from lora_tune.errors import LoraTuneError
+
+
+class Talker(Protocol):
+    """A conversation that can be continued."""
+
+    @property
+    def name(self) -> str:
+        """What is talked to."""
+
+    def answer(self, turns: list[dict[str, str]], *, max_tokens: int, temperature: float) -> Any:
+        """Yield the answer's text piece by piece."""
+
+
+def json_object(value: Any) -> None:
+    """Print one JSON object; numbers that are not finite become null, so that every reader can read it."""
+    print(json.dumps(_plain(value), ensure_ascii=False, allow_nan=False))
+
+
+def note(message: str) -> None:
+    """Say something on stderr."""
+    print(message, file=sys.stderr)
+
+
+def error(err: LoraTuneError, *, as_json: bool) -> int:
+    """Show an error and return its exit code."""
+    if as_json:
+        json_object({"error": err.as_dict()})
+    else:
+        note(f"error: {err.message}" + (f"\n\nhint: {err.hint}" if err.hint else ""))
+    return err.exit_code
+
+
+def coloured(stream: Any) -> bool:
+    """Return whether colour is wanted: NO_COLOR and FORCE_COLOR decide, then whether it is a terminal."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or stream.isatty()
+
+
+def text(value: str, *, key: str, as_json: bool) -> None:
+    """Print a text as it is."""
+    if as_json:
+        json_object({key: value})
+    else:
+        print(value, end="" if value.endswith("\n") else "\n")
+
+
+def result(values: Mapping[str, Any], *, as_json: bool, title: str = "") -> None:
+    """Print named values, nested ones indented."""
+    if as_json:
+        json_object(values)
+        return
+    if title:
+        print(title)
+    _print_values(values, indent=2 if title else 0)
+
+
+def checked(found: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print what `check` found."""
+    if as_json:
+        json_object({"ok": True, **found})
+        return
+    data, base = found["data"], found["base"]
+    print(f"{found['recipe']} is right")
+    print(f"  base   {base['name']} ({'on this machine' if base['on_this_machine'] else 'will be fetched'})")
+    print(f"  data   {data['train_rows']} rows to train on, {data['held_out_rows']} held out; {_format_note(data)}")
+    print(f"  steps  {found['steps']}")
+    for name, counts in found.get("tokens", {}).items():
+        print(f"  {name}: {_counts(counts)}")
+    for warning in found["warnings"]:
+        note(f"warning: {warning}")
+
+
+def preview(found: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print rows token by token; trained ones stand in brackets, and in colour where there is colour."""
+    if as_json:
+        json_object(found)
+        return
+    on, off = ("\x1b[30;42m", "\x1b[0m") if coloured(sys.stdout) else ("[", "]")
+    for row in found["rows"]:
+        trained = sum(token["trained"] for token in row["tokens"])
+        print(f"{row['where']}: {len(row['tokens'])} tokens, {trained} trained (train_on: {found['train_on']})")
+        print(
+            "".join(f"{on}{_shown(t['text'])}{off}" if t["trained"] else _shown(t["text"]) for t in row["tokens"])
+            + "\n"
+        )
+    for name, counts in found["counts"].items():
+        print(f"{name}: {_counts(counts)}")
+
+
+def evaluation(found: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print base beside adapter, and some answers."""
+    if as_json:
+        json_object(found)
+    else:
+        _print_evaluation(found)
+
+
+def recipes(rows: Sequence[Mapping[str, str]], *, as_json: bool) -> None:
+    """Print the shipped recipes."""
+    if as_json:
+        json_object({"recipes": list(rows)})
+        return
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        print(f"{row['name']:<{width}}  {row['for']}")
+
+
+def adapters(found: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print the registry."""
+    if as_json:
+        json_object(found)
+        return
+    if not found["adapters"]:
+        print(f"no adapters in {found['registry']}/")
+        return
+    for row in found["adapters"]:
+        if "refused" in row:
+            print(f"{row['adapter']:<28} refused: {row['refused']}")
+            continue
+        exact = row["figures"].get("held_out_exact_match")
+        figure = (
+            f"exact match {exact:.1%}"
+            if exact is not None
+            else f"loss {row['figures'].get('train_loss', math.nan):.3f}"
+        )
+        print(
+            f"{row['adapter']:<28} {row['variant']} rank {row['rank']}, {row['bytes'] / 1e6:.1f} MB, {row['base']} ({row['quantization']}), {figure}"
+        )
+
+
+def chat(talk: Talker, prompt: str | None, *, max_tokens: int, temperature: float, as_json: bool) -> None:
+    """Answer one prompt, or every line of standard input as one conversation."""
+    turns: list[dict[str, str]] = []
+    asking = prompt is None and sys.stdin.isatty()
+    if asking:
+        note(f"talking to {talk.name}; an empty line or Ctrl-D ends it")
+    while True:
+        asked = prompt if prompt is not None else _ask(asking)
+        if asked is None:
+            break
+        turns.append({"role": "user", "content": asked})
+        answer = ""
+        for piece in talk.answer(turns, max_tokens=max_tokens, temperature=temperature):
+            answer += piece
+            if not as_json:
+                print(piece, end="", flush=True)
+        turns.append({"role": "assistant", "content": answer})
+        if not as_json:
+            print(flush=True)
+        if prompt is not None:
+            break
+    if as_json:
+        json_object({"model": talk.name, "messages": turns, "answer": turns[-1]["content"] if turns else None})
+
+
+def _ask(asking: bool) -> str | None:
+    if asking:
+        print("> ", end="", file=sys.stderr, flush=True)
+    while True:
+        line = sys.stdin.readline()
+        if not line or (asking and not line.strip()):
+            return None
+        if line.strip():
+            return line.strip()
+
+
+class Progress:
+    """Says on stderr what takes long: one line that is redrawn on a terminal, plain lines in a pipe."""
+
+    def __init__(self) -> None:
+        self._drawing = sys.stderr.isatty()
+        self._label = ""
+        self._drawn = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()
+
+    def __call__(self, label: str, share: float) -> None:
+        """Take note that `share` (0 to 1) of `label` is done."""
+        if not self._drawing:
+            if label != self._label:
+                note(f"{label} …")
+            self._label = label
+            return
+        now = time.monotonic()
+        if label != self._label or share >= 1.0 or now - self._drawn > 0.1:
+            filled = int(20 * min(1.0, max(0.0, share)))
+            self.line(f"{'█' * filled}{'·' * (20 - filled)} {share:4.0%}  {label}")
+            self._label, self._drawn = label, now
+
+    def line(self, message: str) -> None:
+        """Draw one line over the last one."""
+        width = max(20, _columns() - 1)
+        print(f"\r\x1b[K{message[:width]}", end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Wipe the drawn line."""
+        if self._drawing:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+class TrainView:
+    """A run as it happens: progress for people, JSON Lines for programs."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self._as_json = as_json
+        self._progress = Progress()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.clear()
+
+    def notify(self, event: Mapping[str, Any]) -> None:
+        """Show one event."""
+        if self._as_json:
+            json_object(event)
+            return
+        kind = event["event"]
+        if kind == "progress":
+            self._progress(event["label"], event["share"])
+        elif kind == "step":
+            self._step(event)
+        else:
+            self._progress.clear()
+            for line in _event_lines(event):
+                note(line)
+
+    def finish(self, report: Mapping[str, Any]) -> None:
+        """Show the report."""
+        if self._as_json:
+            json_object({"event": "done", **report})
+        elif report.get("dry_run"):
+            print(report["recipe"], end="")
+            for name, counts in report["data"].items():
+                print(f"# {name}: {_counts(counts)}")
+            print(f"# {report['steps']} steps; nothing was written")
+        else:
+            _print_report(report)
+
+    def _step(self, event: Mapping[str, Any]) -> None:
+        line = (
+            f"step {event['step']}/{event['steps']}  loss {event['loss']:.4f}  {event['tokens_per_second']:.0f} tokens/s  "
+            f"{event['peak_memory_gib']:.2f} GiB  {_duration(event['eta_seconds'])} left"
+        )
+        if sys.stderr.isatty():
+            self._progress.line(line)
+        elif event["step"] == 1 or event["step"] % max(1, event["steps"] // 20) == 0 or event["step"] == event["steps"]:
+            note(line)
+
+
+def _event_lines(event: Mapping[str, Any]) -> list[str]:
+    if event["event"] == "data":
+        lines = [f"data: {_format_note(event)}"]
+        lines += [f"  {name}: {_counts(counts)}" for name, counts in event["counts"].items()]
+        return lines + [f"warning: {warning}" for warning in event["warnings"]]
+    if event["event"] == "model":
+        held = "" if event["quantization"] == "none" else f", base held in {event['quantization']}"
+        return [
+            f"model: {event['trainable']:,} trained numbers, computed in {event['dtype']} on {event['device']}{held}"
+        ]
+    if event["event"] == "held_out":
+        return [f"step {event['step']}: held-out loss {event['held_out_loss']:.4f}"]
+    return [json.dumps(_plain(event))]
+
+
+def _print_report(report: Mapping[str, Any]) -> None:
+    training, adapter = report["training"], report["adapter"]
+    kept = f", weights of step {training['best_step']} kept" if training["best_step"] is not None else ""
+    print(
+        f"trained {training['steps']} steps in {_duration(training['seconds'])}: loss {training['first_loss']:.3f} → "
+        f"{training['last_loss']:.3f}, {training['tokens_per_second']:.0f} tokens/s, {training['peak_memory_gib']:.2f} GiB{kept}"
+    )
+    if report["evaluation"]:
+        _print_evaluation(report["evaluation"])
+    print(
+        f"adapter  {adapter['registry']}  ({adapter['folder']}, {adapter['weights_bytes'] / 1e6:.1f} MB, loaded back and equal)"
+    )
+    print(f"report   {report['run']}/report.json")
+
+
+def _print_evaluation(found: Mapping[str, Any]) -> None:
+    columns = [who for who in ("base", "adapter") if found.get(who)]
+    print(f"{'held-out rows':<16}" + "".join(f"{who:>10}" for who in columns))
+    for name, form in (("loss", ".4f"), ("perplexity", ".3f"), ("token_accuracy", ".1%"), ("exact_match", ".1%")):
+        values = [found[who][name] for who in columns]
+        if any(value is not None for value in values):
+            print(
+                f"{name.replace('_', ' '):<16}"
+                + "".join(f"{format(value, form) if value is not None else '–':>10}" for value in values)
+            )
+    for answer in found["answers"][:3]:
+        print(f"  asked    {_one_line(answer['prompt'])}\n  expected {_one_line(answer['expected'])}")
+        for who in columns:
+            print(f"  {who:<8} {_one_line(answer[who])}")
+
+
+def _print_values(values: Mapping[str, Any], *, indent: int) -> None:
+    width = max((len(key) for key in values), default=0)
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            print(f"{' ' * indent}{key}")
+            _print_values(value, indent=indent + 2)
+        else:
+            shown = (
+                ", ".join(map(str, value))
+                if isinstance(value, list)
+                else f"{value:.6g}"
+                if isinstance(value, float)
+                else value
+            )
+            print(f"{' ' * indent}{key:<{width}}  {shown}")
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    lost = f", {counts['trained_tokens_lost']} trained tokens lost" if counts["trained_tokens_lost"] else ""
+    return (
+        f"{counts['rows']} of {counts['rows_read']} rows ({counts['rows_dropped']} dropped, {counts['rows_cut']} cut{lost}), "
+        f"{counts['tokens']} tokens, {counts['trained_tokens']} trained ({counts['trained_tokens'] / max(1, counts['tokens']):.0%}), "
+        f"longest row {counts['longest_tokens']}"
+    )
+
+
+def _format_note(data: Mapping[str, Any]) -> str:
+    return f"format {data['format']}{' (detected)' if data['detected'] else ''}"
+
+
+def _shown(token: str) -> str:
+    return token.replace("\x1b", "␛").replace("\n", "⏎\n")
+
+
+def _one_line(answer: str, limit: int = 110) -> str:
+    flat = " ".join(answer.split())
+    return flat if len(flat) <= limit else flat[: limit - 1] + "…"
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{seconds:.0f} s"
+
+
+def _columns() -> int:
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):
+        return 80
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,381 @@
+"""What each verb does, between the command line and the package: open, call, and give plain values back to render."""
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from lora_tune.adapter import registry as shelf
+from lora_tune.adapter.door import AdapterFiles, open_adapter
+from lora_tune.data.lint import check_rows
+from lora_tune.errors import AdapterMismatchError, CannotCreateError, LoraTuneError, MissingInputError, UsageError
+from lora_tune.model.resolve import locate
+from lora_tune.recipe.loader import LoadedRecipe, dump_recipe, load_recipe
+from lora_tune.recipe.schema import BaseSection, DataSection, Recipe
+
+Progress = Callable[[str, float], None]
+
+
+def check(path: Path, overrides: Sequence[str], *, tokens: bool) -> dict[str, Any]:
+    """Return what is known of a recipe and its rows without loading anything heavy; with `tokens`, the counts too."""
+    loaded = load_recipe(path, overrides)
+    recipe = loaded.recipe
+    rows = check_rows(recipe.data, seed=recipe.train.seed)
+    base = locate(recipe.base)
+    found: dict[str, Any] = {
+        "recipe": str(path),
+        "base": {"name": recipe.base.name, "kind": base.kind, "on_this_machine": base.present},
+        "data": {"format": rows.row_format, "detected": rows.detected, "train_rows": len(rows.train), "held_out_rows": len(rows.held_out)},
+        "steps": _steps(recipe, len(rows.train)),
+        "warnings": list(rows.warnings),
+    }  # fmt: skip
+    if tokens:
+        from lora_tune.training.prepare import prepare
+
+        ready = prepare(recipe, lambda event: None)
+        found["tokens"] = ready.splits.counts()
+    return found
+
+
+def preview(path: Path, overrides: Sequence[str], *, rows: int) -> dict[str, Any]:
+    """Return the tokens of the first rows, each with whether it is trained, and the counts of every set."""
+    from lora_tune.training.prepare import prepare
+
+    loaded = load_recipe(path, overrides)
+    ready = prepare(loaded.recipe, lambda event: None)
+    shown = [
+        {
+            "where": row.where,
+            "tokens": [
+                {"id": token, "text": str(ready.tokenizer.decode([token])), "trained": on}
+                for token, on in zip(row.input_ids, row.trained, strict=True)
+            ],
+        }
+        for row in ready.splits.train.rows[:rows]
+    ]
+    return {"rows": shown, "counts": ready.splits.counts(), "train_on": loaded.recipe.data.train_on}
+
+
+def train(
+    path: Path,
+    overrides: Sequence[str],
+    *,
+    run_dir: Path | None,
+    dry_run: bool,
+    registry: Path | None,
+    notify: Callable[[Any], None],
+) -> dict[str, Any]:
+    """Train and return the report; a dry run returns the resolved recipe and the counts, and writes nothing."""
+    loaded = load_recipe(path, overrides)
+    if dry_run:
+        return _dry_run(loaded, notify)
+    # Rows are read before a folder is made: a mistake in them leaves nothing behind.
+    check_rows(loaded.recipe.data, seed=loaded.recipe.train.seed)
+    locate(loaded.recipe.base)
+    from lora_tune.evaluation.evaluate import evaluate as measure
+    from lora_tune.run_dir import create_run_dir
+    from lora_tune.training.run import train as run_training
+
+    run = create_run_dir(loaded.recipe.output.name, path=run_dir)
+    return run_training(loaded, run, notify, evaluate=measure, registry_root=_root(registry)).as_dict()
+
+
+def _dry_run(loaded: LoadedRecipe, notify: Callable[[Any], None]) -> dict[str, Any]:
+    from lora_tune.training.prepare import prepare
+
+    ready = prepare(loaded.recipe, notify)
+    return {
+        "dry_run": True,
+        "recipe": dump_recipe(loaded.recipe),
+        "data": ready.splits.counts(),
+        "steps": _steps(loaded.recipe, len(ready.splits.train.rows)),
+    }
+
+
+def evaluate(
+    spec: str,
+    data: Path | None,
+    *,
+    base_too: bool,
+    generate: int,
+    rows: int,
+    base: str | None,
+    registry: Path | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Return the figures of an adapter, and of its base, on held-out rows."""
+    adapter = _open(spec, registry)
+    section = _eval_section(adapter, data)
+    # The rows first: a mistake in them costs no model load.
+    conversations = check_rows(section, seed=0).train
+    from lora_tune.adapter.live import open_live
+    from lora_tune.data.dataset import tokenize_set
+    from lora_tune.evaluation.evaluate import evaluate as measure
+
+    live = open_live(adapter, progress, base_name=base)
+    held_out = tokenize_set(conversations, live.tokenizer, section)
+    measured = measure(
+        live.model, live.tokenizer, held_out, progress, max_answer_tokens=generate, answer_rows=rows, base_too=base_too
+    )
+    return {"data": section.path, "counts": held_out.counts.as_dict(), **measured.as_dict()}
+
+
+def _eval_section(adapter: AdapterFiles, data: Path | None) -> DataSection:
+    """Return the adapter's own data section, pointed at the rows to measure on."""
+    trained = adapter.manifest.recipe["data"] if adapter.manifest else {}
+    if data is None:
+        run_recipe = adapter.folder.parent / "recipe.resolved.yaml"
+        if run_recipe.is_file():
+            kept = load_recipe(run_recipe).recipe.data.eval_path
+            data = Path(kept) if kept else None
+    if data is None:
+        raise UsageError(
+            f"{adapter.folder} does not carry its held-out rows", hint="name the rows to measure on with --data FILE"
+        )
+    settings = {key: trained[key] for key in ("train_on", "max_seq_tokens", "format") if key in trained}
+    if data.suffix and trained.get("path") and Path(trained["path"]).suffix != data.suffix:
+        settings["format"] = "auto"
+    return DataSection(path=str(data), **settings)
+
+
+@dataclass(frozen=True)
+class Talk:
+    """A conversation that can be continued."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    system: str | None
+
+    def answer(self, turns: list[dict[str, str]], *, max_tokens: int, temperature: float) -> Iterator[str]:
+        """Yield the answer to the turns so far, piece by piece."""
+        from lora_tune.data.messages import Message
+        from lora_tune.data.tokens import prompt_ids
+        from lora_tune.model.generate import stop_ids, stream_answer
+
+        system = [Message("system", self.system)] if self.system else []
+        ids = prompt_ids(self.tokenizer, [*system, *(Message(turn["role"], turn["content"]) for turn in turns)])
+        yield from stream_answer(
+            self.model,
+            self.tokenizer,
+            ids,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            ends=stop_ids(self.model, self.tokenizer),
+        )
+
+
+def open_chat(
+    name: str,
+    *,
+    system: str | None,
+    system_from: str | None,
+    base: str | None,
+    registry: Path | None,
+    progress: Progress,
+) -> Talk:
+    """Return an adapter or a base, loaded and ready to talk.
+
+    An adapter keeps the system message that all of its training rows shared, unless another is given.
+    """
+    if system is None and system_from is not None:
+        system = _trained_system(_open(system_from, registry))
+    if _is_base(name, registry):
+        section = BaseSection(
+            name=name if name.startswith("builtin:") or not Path(name).exists() else str(Path(name).resolve())
+        )
+        locate(section)
+        from lora_tune.adapter.live import open_base
+
+        live = open_base(section, progress)
+    else:
+        adapter = _open(name, registry)
+        from lora_tune.adapter.live import open_live
+
+        system = _trained_system(adapter) if system is None else system
+        live = open_live(adapter, progress, base_name=base)
+    return Talk(live.model, live.tokenizer, name, system)
+
+
+def _is_base(name: str, registry: Path | None) -> bool:
+    path = Path(name)
+    if name.startswith("builtin:") or name.endswith(".gguf"):
+        return True
+    if path.is_dir():
+        return (path / "config.json").is_file() and not (path / "adapter_config.json").is_file()
+    return "/" in name and not name.startswith((".", "/", "~")) and not (_root(registry) / name).exists()
+
+
+def _trained_system(adapter: AdapterFiles) -> str | None:
+    return adapter.manifest.data.system_message if adapter.manifest else None
+
+
+def merge(
+    spec: str, out: Path, *, onto: str, base: str | None, registry: Path | None, progress: Progress
+) -> dict[str, Any]:
+    """Merge an adapter and return the receipt."""
+    if onto not in ("trained", "original"):
+        raise UsageError(f"--onto {onto}: expected trained or original")
+    adapter = _open(spec, registry)
+    from dataclasses import asdict
+
+    from lora_tune.adapter.merge import merge_adapter
+
+    return asdict(
+        merge_adapter(adapter, out, progress, onto=cast(Literal["trained", "original"], onto), base_name=base)
+    )
+
+
+def list_adapters(registry: Path | None) -> dict[str, Any]:
+    """Return every version in the registry."""
+    root = _root(registry)
+    rows = []
+    for version, found in shelf.list_versions(root=root):
+        row: dict[str, Any] = {"adapter": version.spec, "folder": str(version.folder)}
+        if isinstance(found, LoraTuneError):
+            row["refused"] = found.message
+        else:
+            manifest = found.manifest
+            row |= {
+                "rank": found.shape.rank,
+                "variant": found.shape.variant,
+                "bytes": found.weights_bytes,
+                "base": manifest.base.name if manifest else found.base_name,
+                "quantization": manifest.base.quantization if manifest else "unverified",
+                "figures": dict(manifest.figures) if manifest else {},
+                "digest": shelf.content_digest(found),
+            }
+        rows.append(row)
+    return {"registry": str(root), "adapters": rows}
+
+
+def inspect(spec: str, registry: Path | None) -> dict[str, Any]:
+    """Return what an adapter says about itself; without a passport it is `unverified`."""
+    files = _open(spec, registry)
+    found: dict[str, Any] = {
+        "folder": str(files.folder),
+        "digest": shelf.content_digest(files),
+        "passport": "present" if files.manifest else "unverified: made elsewhere, nothing can be compared",
+        "base": files.base_name,
+        "rank": files.shape.rank,
+        "alpha": files.shape.alpha,
+        "variant": files.shape.variant,
+        "targets": list(files.shape.targets),
+        "layers": len(files.shape.modules),
+        "weights_bytes": files.weights_bytes,
+    }
+    if files.manifest:
+        passport = files.manifest.model_dump(mode="json", exclude={"probes", "recipe"})
+        found |= {"base": passport["base"], "tokenizer": passport["tokenizer"], "data": passport["data"],
+                  "figures": passport["figures"], "versions": passport["versions"], "probes": len(files.manifest.probes)}  # fmt: skip
+    return found
+
+
+def verify(spec: str, *, base: str | None, registry: Path | None, progress: Progress) -> dict[str, Any]:
+    """Replay an adapter's probes and return how far it is from its passport.
+
+    Raises:
+        AdapterMismatchError: it behaves differently, or has no passport to be held against (exit 77).
+    """
+    files = _open(spec, registry)
+    if files.manifest is None:
+        raise AdapterMismatchError(
+            f"{files.folder} has no passport (lora_tune.json): unverified",
+            hint="only adapters that lora_tune trained carry golden probes; `adapters inspect` shows what can be checked",
+        )
+    from lora_tune.adapter.live import open_live
+    from lora_tune.adapter.probes import replay_probes
+
+    live = open_live(files, progress, base_name=base)
+    result = replay_probes(live.model, files.manifest.probes)
+    if result.verdict == "different":
+        raise AdapterMismatchError(
+            f"{files.folder} does not behave as when it was trained: KL divergence {result.kl:.3g} nats a token "
+            f"(the base alone: {result.kl_of_base:.3g}), top-1 agreement {result.top1_agreement:.0%}",
+            hint="compare the versions in its passport with those installed: `lora-tune adapters inspect`",
+            where="probes",
+        )
+    return {"adapter": str(files.folder), **result.as_dict()}
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON Schema of a recipe."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+
+
+def recipes_folder() -> Path:
+    """Return where the shipped recipes are."""
+    checkout = Path(__file__).resolve().parents[2] / "recipes"
+    return checkout if checkout.is_dir() else Path(sys.prefix) / "share" / "lora_tune" / "recipes"
+
+
+def list_recipes() -> list[dict[str, str]]:
+    """Return name and purpose (its header's first line) of each shipped recipe."""
+    folder = recipes_folder()
+    found = []
+    for path in sorted(folder.rglob("*.yaml")):
+        header = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        found.append({"name": path.relative_to(folder).with_suffix("").as_posix(), "for": header})
+    return found
+
+
+def read_recipe(name: str) -> str:
+    """Return a shipped recipe's text."""
+    return _recipe_path(name).read_text(encoding="utf-8")
+
+
+def copy_recipe(name: str, file: Path) -> list[Path]:
+    """Copy a shipped recipe, and the demo rows it names, without overwriting anything; return what was written."""
+    source = _recipe_path(name)
+    recipe = load_recipe(source).recipe
+    rows = [Path(path) for path in (recipe.data.path, recipe.data.eval_path) if path is not None]
+    pairs = [
+        (source, file),
+        *(
+            (row, file.parent / row.relative_to(source.parent.resolve()))
+            for row in rows
+            if row.is_relative_to(source.parent.resolve())
+        ),
+    ]
+    pairs = [(a, b) for a, b in pairs if not (b.exists() and b.read_bytes() == a.read_bytes())]
+    taken = [target for _, target in pairs if target.exists()]
+    if taken:
+        raise CannotCreateError(f"{taken[0]} exists already and is never overwritten", hint="give another name")
+    for origin, target in pairs:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(origin, target)
+    return [target for _, target in pairs]
+
+
+def _recipe_path(name: str) -> Path:
+    import difflib
+
+    known = [row["name"] for row in list_recipes()]
+    wanted = name.removesuffix(".yaml")
+    matches = [known_name for known_name in known if wanted in (known_name, known_name.rsplit("/", 1)[-1])]
+    if not matches:
+        close = difflib.get_close_matches(wanted, known, n=1)
+        raise MissingInputError(
+            f"no recipe {name!r}{f'; did you mean {close[0]}?' if close else ''}",
+            hint="`lora-tune recipes ls` lists them",
+        )
+    return recipes_folder() / f"{matches[0]}.yaml"
+
+
+def _open(spec: str, registry: Path | None) -> AdapterFiles:
+    return open_adapter(shelf.find(spec, root=_root(registry)))
+
+
+def _root(registry: Path | None) -> Path:
+    return registry if registry is not None else shelf.registry_root()
+
+
+def _steps(recipe: Recipe, rows: int) -> int:
+    """Return how many steps the recipe takes, as the trainer counts: a last, smaller batch is a step too."""
+    if recipe.train.max_steps is not None:
+        return recipe.train.max_steps
+    micro_batches = -(-rows // recipe.train.micro_batch_sequences)
+    per_epoch = max(1, -(-micro_batches // recipe.train.gradient_accumulation_steps))
+    return -int(-recipe.train.epochs * per_epoch // 1)

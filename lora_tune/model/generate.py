@@ -1,0 +1,93 @@
+"""Prompt ids → answers, through transformers' generate: in batches for measuring, streamed for talking."""
+
+from collections.abc import Iterator, Sequence
+from threading import Thread
+from typing import Any
+
+
+def stop_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Return the ids that end an answer: the tokenizer's eos and those of the model's own generation settings."""
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    return sorted({int(token) for token in (tokenizer.eos_token_id, *own) if token is not None})
+
+
+def generate_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    ends: Sequence[int],
+    batch: int = 16,
+) -> list[list[int]]:
+    """Return the greedy answer to each prompt as token ids, without the token that ended it.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        tokenizer: for its pad id.
+        prompts: token ids, [B][T]; batches are formed of prompts of like length.
+        max_tokens: longest answer.
+        ends: ids that end an answer.
+        batch: prompts in one batch.
+    """
+    import torch
+
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers: list[list[int]] = [[] for _ in prompts]
+    for first in range(0, len(order), batch):
+        chosen = order[first : first + batch]
+        width = max(len(prompts[i]) for i in chosen)
+        padded = [[tokenizer.pad_token_id] * (width - len(prompts[i])) + list(prompts[i]) for i in chosen]
+        attended = [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen]
+        with torch.no_grad():
+            output = model.generate(
+                input_ids=torch.tensor(padded, device=model.device),
+                attention_mask=torch.tensor(attended, device=model.device),
+                max_new_tokens=max_tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
+                eos_token_id=list(ends), pad_token_id=tokenizer.pad_token_id,
+            )  # fmt: skip
+        for i, row in zip(chosen, output[:, width:].tolist(), strict=True):
+            answers[i] = _until_end(row, ends)
+    return answers
+
+
+def stream_answer(
+    model: Any, tokenizer: Any, prompt: Sequence[int], *, max_tokens: int, temperature: float, ends: Sequence[int]
+) -> Iterator[str]:
+    """Yield the answer's text piece by piece as it is made; temperature 0 is greedy."""
+    import torch
+    from transformers import TextIteratorStreamer
+
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        sampling = (
+            {"do_sample": True, "temperature": temperature}
+            if temperature > 0
+            else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        )
+        try:
+            with torch.no_grad():
+                model.generate(
+                    input_ids=torch.tensor([list(prompt)], device=model.device),
+                    attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=model.device),
+                    max_new_tokens=max_tokens, streamer=streamer, eos_token_id=list(ends),
+                    pad_token_id=tokenizer.pad_token_id, **sampling,
+                )  # fmt: skip
+        except BaseException as err:  # noqa: BLE001 - carried to the caller's thread, and raised there
+            failure.append(err)
+            streamer.end()
+
+    worker = Thread(target=run, daemon=True)
+    worker.start()
+    yield from streamer
+    worker.join()
+    if failure:
+        raise failure[0]
+
+
+def _until_end(row: Sequence[int], ends: Sequence[int]) -> list[int]:
+    stop = next((i for i, token in enumerate(row) if token in ends), len(row))
+    return list(row[:stop])

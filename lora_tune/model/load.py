@@ -1,0 +1,159 @@
+"""Base model and tokenizer into memory. Dtype and device are chosen here, in one tested table."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lora_tune.errors import MissingInputError, RecipeError
+from lora_tune.model.dense import BaseFiles, quiet
+from lora_tune.model.quantization import quantization_plan
+from lora_tune.recipe.schema import BaseSection
+
+PLAIN_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- '### ' + message['role'][0] | upper + message['role'][1:] + ':\\n' + message['content'] | trim -}}"
+    "{{- eos_token + '\\n\\n' if message['role'] == 'assistant' else '\\n\\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '### Assistant:\\n' -}}{%- endif -%}"
+)
+"""`builtin:plain`: headings for the roles, and the base's own eos token after each answer."""
+
+Dtype = Literal["bf16", "fp32"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice of dtype and placement depends on."""
+
+    kind: Literal["cpu", "cuda", "mps"]
+    computes_bf16: bool
+    """True when bf16 products run on units of their own; elsewhere they are emulated, about 7 × slower than fp32."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a base is loaded and trained on a device."""
+
+    dtype: Dtype
+    """Of the base's weights (dequantized, for nf4) and of the activations."""
+    adapter_dtype: Dtype
+    """Of the LoRA weights and their optimizer state."""
+    autocast_bf16: bool
+    """Whether the trainer runs the forward pass under bf16 autocast."""
+    device_map: str | None
+    """Passed to from_pretrained."""
+
+
+def detect_device() -> Device:
+    """Return the device at hand."""
+    import torch
+
+    if torch.cuda.is_available():
+        return Device("cuda", torch.cuda.is_bf16_supported(including_emulation=False))
+    if torch.backends.mps.is_available():
+        return Device("mps", computes_bf16=False)
+    capabilities = torch.cpu.get_capabilities()
+    return Device(
+        "cpu", bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+    )
+
+
+def place(device: Device, base: BaseSection) -> Placement:
+    """Return dtype and placement for a base on a device.
+
+    LoRA weights: on a quantized base in bf16 as in the QLoRA paper; otherwise fp32, so that small updates are not
+    rounded away. A bf16 base with fp32 LoRA weights needs autocast to meet in one dtype.
+    """
+    if base.dtype != "auto":
+        dtype: Dtype = base.dtype
+    else:
+        dtype = "bf16" if device.computes_bf16 else "fp32"
+    quantized = base.quantization != "none"
+    return Placement(
+        dtype=dtype,
+        adapter_dtype="bf16" if quantized and dtype == "bf16" else "fp32",
+        autocast_bf16=dtype == "bf16",
+        device_map={"cpu": None, "cuda": "cuda:0", "mps": "mps"}[device.kind],
+    )
+
+
+def load_tokenizer(files: BaseFiles, chat_template: str | None = None) -> Any:
+    """Return the base's fast tokenizer, with the given chat template or its own, and a pad token.
+
+    Args:
+        files: the base.
+        chat_template: a `.jinja` file, `builtin:plain`, a template's text, or None for the base's own.
+
+    Raises:
+        MissingInputError: there is no fast tokenizer.
+        RecipeError: the base has no template and none is given.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(files.folder, use_fast=True)
+    except (OSError, ValueError, KeyError, ImportError) as err:
+        raise MissingInputError(
+            f"no tokenizer can be read from {files.folder}: {err}", where=str(files.folder)
+        ) from err
+    if not tokenizer.is_fast:
+        raise MissingInputError(
+            f"{files.name} has no fast tokenizer (tokenizer.json), which is needed to know where each token stands"
+        )
+    if chat_template is not None:
+        tokenizer.chat_template = read_template(chat_template)
+    if not tokenizer.chat_template:
+        raise RecipeError(
+            f"{files.name} has no chat template",
+            hint="set data.chat_template to a .jinja file, or to builtin:plain",
+            where="data.chat_template",
+        )
+    if tokenizer.pad_token is None:
+        # Harmless here: padding is masked by its position, never by its id.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def read_template(given: str) -> str:
+    """Return a template's text from `builtin:plain`, a `.jinja` file or the text itself."""
+    if given == "builtin:plain":
+        return PLAIN_TEMPLATE
+    if given.startswith("builtin:"):
+        raise RecipeError(f"no template {given!r}; known: builtin:plain", where="data.chat_template")
+    if given.endswith(".jinja"):
+        return Path(given).read_text(encoding="utf-8")
+    return given
+
+
+def load_base(files: BaseFiles, base: BaseSection) -> Any:
+    """Return the base in evaluation mode, in the dtype and place of the table, its weights frozen.
+
+    Raises:
+        MissingInputError: the weights cannot be read, or the architecture is unknown to transformers.
+    """
+    from transformers import AutoModelForCausalLM
+
+    placement = place(detect_device(), base)
+    dtype = torch_dtype(placement.dtype)
+    try:
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                files.folder,
+                dtype=dtype,
+                device_map=placement.device_map,
+                quantization_config=quantization_plan(base.quantization, dtype),
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
+    except (OSError, ValueError, KeyError) as err:
+        raise MissingInputError(f"{files.name} cannot be loaded: {err}", where=str(files.folder)) from err
+    model.eval()
+    model.requires_grad_(requires_grad=False)
+    return model
+
+
+def torch_dtype(dtype: Dtype) -> Any:
+    """Return torch's dtype of that name."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]

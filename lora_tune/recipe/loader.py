@@ -1,0 +1,248 @@
+"""YAML + `--set` → a checked, frozen Recipe; every problem at once, each with its field, line and a suggestion."""
+
+import difflib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+
+from lora_tune.errors import MissingInputError, RecipeError, UsageError
+from lora_tune.recipe.closed_yaml import ClosedYaml, Problem, parse
+from lora_tune.recipe.schema import SECTIONS, Recipe, Section, conflicts
+
+_FROM_SET = 0
+"""Stands for a line number where the value came from `--set`."""
+
+_PATH_FIELDS = (("data", "path"), ("data", "eval_path"), ("data", "chat_template"))
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A checked recipe and where it came from."""
+
+    recipe: Recipe
+    """Every setting, defaults filled in, file paths absolute."""
+
+    path: Path
+    """The file it was read from."""
+
+    text: str
+    """The file as written."""
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Return the checked recipe in `path`, with `section.key=value` overrides on top.
+
+    Raises:
+        MissingInputError: the recipe, or a file it names, is not there (exit 66).
+        RecipeError: anything else is wrong; the message lists all of it (exit 65).
+    """
+    text = _read(path)
+    document = parse(text)
+    problems = list(document.problems)
+    values = document.value
+    if not problems and not isinstance(values, dict):
+        problems.append(Problem("", None, "empty, or not a mapping of sections: base, data, lora, train, eval, output"))
+    if not problems or isinstance(values, dict):
+        sections = values if isinstance(values, dict) else {}
+        problems += _apply_overrides(sections, overrides, document)
+        recipe, found = _validate(sections, document.lines)
+        problems += found
+        recipe, found = _resolve_paths(recipe, path.parent, document.lines)
+        problems += found
+        if not problems:
+            assert recipe is not None
+            return LoadedRecipe(recipe=recipe, path=path, text=text)
+    raise _report(path, problems)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return the recipe as YAML with every default written out; loading it gives an equal recipe."""
+    stream = io.StringIO()
+    writer = YAML(typ="safe", pure=True)
+    writer.default_flow_style = False
+    writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    writer.dump(recipe.model_dump(mode="json"), stream)
+    return stream.getvalue()
+
+
+def portable(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe as plain data for a passport: folders of this machine are left out of its paths."""
+    values = recipe.model_dump(mode="json")
+    for section, key in (*_PATH_FIELDS, ("base", "name")):
+        value = values[section][key]
+        if value is not None and Path(value).is_absolute():
+            values[section][key] = Path(value).name
+    return values
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as err:
+        raise RecipeError(f"{path} is not UTF-8 text (byte {err.start})", where=str(path)) from err
+    except IsADirectoryError as err:
+        raise MissingInputError(f"{path} is a folder, not a recipe", where=str(path)) from err
+    except OSError as err:
+        raise MissingInputError(
+            f"no recipe at {path} ({err.strerror})",
+            hint="`lora-tune recipes ls` lists those that ship; `lora-tune recipes cp NAME FILE` copies one",
+            where=str(path),
+        ) from err
+
+
+def _apply_overrides(values: dict[str, Any], overrides: Sequence[str], document: ClosedYaml) -> list[Problem]:
+    problems = []
+    for override in overrides:
+        field, equals, text = override.partition("=")
+        section, dot, key = field.strip().partition(".")
+        if not equals or not section or (dot and not key):
+            raise UsageError(f"--set {override}: expected section.key=value", hint="for example --set lora.rank=8")
+        parsed = parse(text)
+        problems += [Problem(field, None, f"--set: {p.message}") for p in parsed.problems]
+        target = values
+        if dot:
+            inner = values.get(section)
+            if not isinstance(inner, dict):
+                inner = values[section] = {}
+            target = inner
+        target[key if dot else section] = parsed.value
+        document.lines[f"{section}.{key}" if dot else section] = _FROM_SET
+    return problems
+
+
+def _validate(values: Mapping[str, Any], lines: Mapping[str, int]) -> tuple[Recipe | None, list[Problem]]:
+    """Check each section on its own, so that one mistake never hides another."""
+    problems = [
+        Problem(key, lines.get(key), f"unknown section{_did_you_mean(key, ['version', *SECTIONS])}")
+        for key in values
+        if key not in SECTIONS and key != "version"
+    ]
+    if "version" in values and values["version"] != 1:
+        problems.append(
+            Problem("version", lines.get("version"), f"found {values['version']!r}; this tool reads version 1")
+        )
+    sections: dict[str, Section] = {}
+    for name, section in SECTIONS.items():
+        given = values.get(name)
+        if given is None:
+            given = {}
+        if not isinstance(given, dict):
+            problems.append(
+                Problem(name, lines.get(name), f"found {given!r}; expected settings: {', '.join(section.model_fields)}")
+            )
+            given = {}
+        checked, found = _validate_section(name, section, given, lines)
+        problems += found
+        if checked is not None:
+            sections[name] = checked
+    if len(sections) < len(SECTIONS):
+        return None, problems
+    recipe = Recipe(version=1, **sections)  # type: ignore[arg-type]
+    problems += [Problem(field, lines.get(field), message) for field, message in conflicts(recipe)]
+    return recipe, problems
+
+
+def _validate_section(
+    name: str, section: type[Section], given: dict[str, Any], lines: Mapping[str, int]
+) -> tuple[Section | None, list[Problem]]:
+    try:
+        return section.model_validate(given), []
+    except ValidationError as err:
+        problems, wrong = [], set()
+        for detail in err.errors(include_url=False):
+            key = str(detail["loc"][0])
+            field = f"{name}.{key}"
+            if key in wrong:
+                continue  # a union reports once per member
+            wrong.add(key)
+            problems.append(
+                Problem(
+                    field,
+                    lines.get(field, lines.get(name)),
+                    _explain(section, key, given, detail["type"], detail["msg"]),
+                )
+            )
+    # Keep what is right, so that settings that cannot go together are still found.
+    try:
+        return section.model_validate({key: value for key, value in given.items() if key not in wrong}), problems
+    except ValidationError:
+        return None, problems
+
+
+def _explain(section: type[Section], key: str, given: Mapping[str, Any], kind: str, message: str) -> str:
+    if kind == "extra_forbidden":
+        owners = [name for name, other in SECTIONS.items() if key in other.model_fields]
+        if owners:
+            return f"unknown key here; it belongs to section `{owners[0]}`"
+        return f"unknown key{_did_you_mean(key, list(section.model_fields))}"
+    if kind == "missing":
+        return f"is required: {section.model_fields[key].description}"
+    expected = message[0].lower() + message[1:]
+    value = given.get(key)
+    if isinstance(value, str) and kind == "literal_error":
+        choices = [
+            part.strip("' ") for part in message.removeprefix("Input should be ").replace(" or ", ", ").split(",")
+        ]
+        return f"found {value!r}; {expected}{_did_you_mean(value, choices)}"
+    return f"found {value!r}; {expected}"
+
+
+def _did_you_mean(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean `{close[0]}`?"
+    return f"; known: {', '.join(known)}"
+
+
+def _resolve_paths(
+    recipe: Recipe | None, folder: Path, lines: Mapping[str, int]
+) -> tuple[Recipe | None, list[Problem]]:
+    """Make file paths absolute (they are relative to the recipe) and name those that are not there."""
+    if recipe is None:
+        return None, []
+    problems = []
+    changed: dict[str, Section] = {}
+    for name, key in _PATH_FIELDS:
+        value = getattr(getattr(recipe, name), key)
+        if value is None or value.startswith("builtin:"):
+            continue
+        full = _absolute(value, folder)
+        changed[name] = changed.get(name, getattr(recipe, name)).model_copy(update={key: str(full)})
+        if not full.is_file():
+            problems.append(Problem(f"{name}.{key}", lines.get(f"{name}.{key}"), f"no file at {full}", missing=True))
+    base = recipe.base.name
+    local = _absolute(base, folder)
+    named_as_path = base.endswith(".gguf") or base.startswith((".", "/", "~"))
+    if not base.startswith("builtin:") and (named_as_path or local.is_dir()):
+        changed["base"] = recipe.base.model_copy(update={"name": str(local)})
+        if not local.exists():
+            problems.append(Problem("base.name", lines.get("base.name"), f"nothing at {local}", missing=True))
+    return recipe.model_copy(update=changed), problems
+
+
+def _absolute(value: str, folder: Path) -> Path:
+    return Path(folder.resolve(), Path(value).expanduser())
+
+
+def _place(problem: Problem) -> str:
+    if problem.line == _FROM_SET:
+        return "--set "
+    return f"line {problem.line}: " if problem.line else ""
+
+
+def _report(path: Path, problems: Sequence[Problem]) -> RecipeError | MissingInputError:
+    ordered = sorted(problems, key=lambda p: (not p.line, p.line or 0))
+    shown = [f"  {_place(p)}{p.field + ': ' if p.field else ''}{p.message}" for p in ordered]
+    count = f"{len(ordered)} problem{'s' if len(ordered) != 1 else ''}"
+    first = next((p.line for p in ordered if p.line), None)
+    kind = MissingInputError if all(p.missing for p in ordered) else RecipeError
+    return kind(
+        f"{path}: {count}\n" + "\n".join(shown),
+        hint="correct the recipe; docs/reference/recipe.md explains every setting (`lora-tune schema` for editors)",
+        where=f"{path}:{first}" if first else str(path),
+    )

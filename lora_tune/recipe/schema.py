@@ -1,0 +1,202 @@
+"""What a recipe may say: one frozen section per part of a run, each setting with its default, limits and meaning.
+
+`--help`, the JSON Schema and docs/reference/recipe.md are generated from here; there is no second default anywhere.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
+"""What a run, an adapter or an alias may be called."""
+
+TargetName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$", max_length=256)]
+
+
+class Section(BaseModel):
+    """A closed, frozen part of a recipe: an unknown key is an error, a value never changes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class BaseSection(Section):
+    """The frozen pretrained weights that the adapter is trained on."""
+
+    name: Annotated[str, Field(min_length=1, max_length=512)]
+    """Hub id (`Qwen/Qwen3-8B`), local folder, `.gguf` file, or `builtin:smollm2-135m`."""
+
+    revision: str | None = None
+    """Commit, tag or branch of a hub id; null takes the hub's default branch, and the run records its commit."""
+
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """How the base is held in memory: `none`, `nf4` (QLoRA: 4 bit, double quantization) or `int8`."""
+
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Compute dtype; `auto` is bf16 where the device computes it fast, fp32 elsewhere."""
+
+
+class DataSection(Section):
+    """The rows, and which of their tokens are trained."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """Rows to train on: `.jsonl`, `.json` or `.csv`, relative to the recipe."""
+
+    eval_path: str | None = None
+    """Held-out rows in the same format; null holds out `eval_split` of `path` instead."""
+
+    format: Literal["auto", "chat", "prompt-completion", "alpaca"] = "auto"
+    """How a row is laid out; `auto` looks at the columns and says what it found."""
+
+    train_on: Literal["assistant", "completion", "all"] = "assistant"
+    """Which tokens are trained: every assistant message, only the final answer, or all tokens."""
+
+    max_seq_tokens: Annotated[int, Field(ge=8, le=1_048_576)] = 1024
+    """Longest row in tokens, template included."""
+
+    too_long: Literal["fail", "drop", "cut_right"] = "drop"
+    """What happens to a longer row: stop the run, drop the row, or cut its end. Always counted."""
+
+    eval_split: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
+    """Share of `path` held out for evaluation, chosen by `train.seed`."""
+
+    chat_template: str | None = None
+    """A `.jinja` file, or `builtin:plain` for a base without a template; null takes the base's own."""
+
+
+class LoraSection(Section):
+    """The adapter's shape."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Inner dimension R of the two low-rank factors."""
+
+    alpha: Annotated[float, Field(gt=0.0, le=65_536.0, allow_inf_nan=False)] = 32.0
+    """The update is multiplied by alpha / rank (rslora: alpha / sqrt(rank))."""
+
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the adapter's inputs that is zeroed while training."""
+
+    targets: (
+        Literal["all-linear"] | Annotated[tuple[TargetName, ...], Field(min_length=1, max_length=256, strict=False)]
+    ) = "all-linear"
+    """Which layers get an adapter: every linear layer but the output head, or names such as `[q_proj, v_proj]`."""
+
+    variant: Literal["lora", "rslora", "dora"] = "lora"
+    """Plain LoRA, rank-stabilised scaling, or weight-decomposed LoRA."""
+
+    @property
+    def scaling(self) -> float:
+        """The factor in front of B·A."""
+        return float(self.alpha / self.rank**0.5) if self.variant == "rslora" else float(self.alpha / self.rank)
+
+
+class TrainSection(Section):
+    """The optimization."""
+
+    method: Literal["sft"] = "sft"
+    """Supervised fine-tuning, the one method today; recorded in the adapter's passport."""
+
+    epochs: Annotated[float, Field(gt=0.0, le=1000.0)] = 2.0
+    """Passes over the training rows."""
+
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Train exactly this many steps instead of `epochs`."""
+
+    micro_batch_sequences: Annotated[int, Field(ge=1, le=4096)] = 4
+    """Rows in one forward pass."""
+
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Forward passes in one step."""
+
+    learning_rate: Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)] = 2e-4
+    """Peak learning rate of AdamW; LoRA wants about ten times that of full fine-tuning."""
+
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate moves after the warm-up."""
+
+    warmup_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.03
+    """Share of the steps in which the learning rate rises from 0."""
+
+    weight_decay: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """AdamW's decoupled weight decay, on the adapter's weights."""
+
+    max_grad_norm: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
+    """Gradients are scaled down to this global norm."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
+    """Seeds the adapter's initial weights, the held-out split, the order of rows and dropout."""
+
+
+class EvalSection(Section):
+    """What is measured on the held-out rows."""
+
+    every_steps: Annotated[int, Field(ge=1)] | None = None
+    """Measure the held-out loss every so many steps; null measures it after training only."""
+
+    early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
+    """Stop after so many measurements without a lower held-out loss, and keep the best weights."""
+
+    generate: Annotated[int, Field(ge=0, le=8192)] = 0
+    """Longest generated answer in tokens, for exact match; 0 generates nothing."""
+
+    generate_rows: Annotated[int, Field(ge=1)] = 200
+    """At most so many held-out rows are answered by generation."""
+
+
+class OutputSection(Section):
+    """Where the result goes."""
+
+    name: Annotated[str, StringConstraints(pattern=NAME_PATTERN)] = "adapter"
+    """The adapter's name in the registry: lower-case letters, digits and hyphens."""
+
+
+class Recipe(Section):
+    """A whole run in one file."""
+
+    version: Literal[1] = 1
+    """Version of the recipe format."""
+
+    base: BaseSection
+    data: DataSection
+    lora: LoraSection = LoraSection()
+    train: TrainSection = TrainSection()
+    eval: EvalSection = EvalSection()
+    output: OutputSection = OutputSection()
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "base": BaseSection,
+    "data": DataSection,
+    "lora": LoraSection,
+    "train": TrainSection,
+    "eval": EvalSection,
+    "output": OutputSection,
+}
+
+
+def conflicts(recipe: Recipe) -> list[tuple[str, str]]:
+    """Return (field, message) for every combination of settings that cannot be meant."""
+    base, data, lora, evaluation = recipe.base, recipe.data, recipe.lora, recipe.eval
+    held_out = data.eval_path is not None or data.eval_split > 0
+    local = base.name.startswith(("builtin:", "./", "../", "/", "~")) or base.name.endswith(".gguf")
+    heads = sorted(
+        {"lm_head", "embed_tokens", "embed_out", "wte"} & set(lora.targets if lora.targets != "all-linear" else ())
+    )
+    rules = [
+        (data.eval_path is not None and data.eval_split > 0, "data.eval_split",
+         "eval_split and eval_path are both set; held-out rows come from one of them"),
+        (evaluation.every_steps is not None and not held_out, "eval.every_steps",
+         "there are no held-out rows to measure; set data.eval_split or data.eval_path"),
+        (evaluation.generate > 0 and not held_out, "eval.generate",
+         "there are no held-out rows to answer; set data.eval_split or data.eval_path"),
+        (evaluation.early_stopping_patience is not None and evaluation.every_steps is None,
+         "eval.early_stopping_patience", "early stopping needs measurements while training; set eval.every_steps"),
+        (base.revision is not None and local, "base.revision", "only a hub id has revisions"),
+        (bool(heads), "lora.targets",
+         f"{', '.join(heads)} cannot be a target: no server can hot-swap such an adapter, and TRL does not train it"),
+        (lora.variant == "dora" and base.quantization == "int8", "lora.variant",
+         "dora on an int8 base is not supported; take quantization nf4 or none, or variant lora"),
+    ]  # fmt: skip
+    return [(field, message) for broken, field, message in rules if broken]

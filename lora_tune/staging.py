@@ -1,0 +1,88 @@
+"""A folder or file that appears whole or not at all: written beside its final place, synced, then renamed."""
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lora_tune.errors import CannotCreateError, CannotWriteError, LoraTuneError
+
+
+@contextmanager
+def staged_folder(final: Path) -> Iterator[Path]:
+    """Give an empty folder that becomes `final` when the block ends, and vanishes when the block fails.
+
+    Raises:
+        CannotCreateError: `final` exists already, or its parent cannot be written (exit 73).
+        CannotWriteError: the disk is full or failing (exit 74).
+    """
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+    except OSError as err:
+        raise _translated(err, final) from err
+    try:
+        try:
+            yield stage
+            stage.chmod(0o755)
+            _sync(stage)
+            # rename() replaces an empty folder without a word, so look first: nothing is ever overwritten.
+            if final.exists():
+                raise FileExistsError(errno.EEXIST, "exists already")
+            stage.rename(final)
+            _sync_folder(final.parent)
+        except OSError as err:
+            raise _translated(err, final) from err
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write `text` to `path` in one step; a reader sees the old file or the new one, never a part.
+
+    Raises:
+        CannotWriteError: the disk is full or failing (exit 74).
+    """
+    stage = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        with stage.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        stage.replace(path)
+    except OSError as err:
+        stage.unlink(missing_ok=True)
+        raise _translated(err, path) from err
+
+
+def _sync(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _translated(err: OSError, final: Path) -> LoraTuneError:
+    if err.errno in (errno.EEXIST, errno.ENOTEMPTY):
+        return CannotCreateError(
+            f"{final} exists already and is never overwritten", hint="give another name, or move it away"
+        )
+    if err.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT):
+        return CannotCreateError(
+            f"cannot create {final}: {err.strerror}", hint="check the folder's permissions, or give another place"
+        )
+    return CannotWriteError(
+        f"writing {final} failed: {err.strerror}; nothing of it is left", hint="free some space, then run it again"
+    )

@@ -1,0 +1,220 @@
+"""The only file that knows TRL: a recipe's section → SFTConfig, our SFTTrainer, and what came out of training."""
+
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from lora_tune.data.dataset import Splits, as_examples
+from lora_tune.data.tokens import IGNORE_INDEX
+from lora_tune.errors import OutOfMemoryError, TrainingError
+from lora_tune.model.load import Device, Placement
+from lora_tune.model.quantization import is_quantized
+from lora_tune.recipe.schema import EvalSection, TrainSection
+from lora_tune.training.callbacks import BestWeights, StepLog, peak_memory_gib
+from lora_tune.training.prepare import Notify
+
+MAX_LOGITS_BYTES = 2 * 1024**3
+"""Above this, the logits of a micro-batch are left to TRL's chunked head."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training did."""
+
+    steps: int
+    epochs: float
+    first_loss: float
+    """Loss of the first step, in nats a trained token."""
+    last_loss: float
+    """Mean loss of the last tenth of the steps."""
+    tokens: int
+    """Tokens that went through the model, without padding."""
+    trained_tokens: int
+    padding_share: float
+    """Padding among all tokens that were computed."""
+    seconds: float
+    tokens_per_second: float
+    """Real tokens, without padding."""
+    peak_memory_gib: float
+    best_step: int | None
+    """Step whose weights were kept by early stopping; None keeps the last."""
+    held_out_loss: float | None
+    """Held-out loss of the weights that were kept, when it was measured while training."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The outcome as reports print it."""
+        return asdict(self)
+
+
+def sft_settings(
+    section: TrainSection, evaluation: EvalSection, placement: Placement, device: Device
+) -> dict[str, Any]:
+    """Return the recipe's part of SFTConfig: recipe field → upstream argument, in one table."""
+    return {
+        "num_train_epochs": section.epochs,
+        "max_steps": -1 if section.max_steps is None else section.max_steps,
+        "per_device_train_batch_size": section.micro_batch_sequences,
+        "per_device_eval_batch_size": section.micro_batch_sequences,
+        "gradient_accumulation_steps": section.gradient_accumulation_steps,
+        "learning_rate": section.learning_rate,
+        "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(section.schedule, section.schedule),
+        "warmup_steps": section.warmup_ratio,  # below 1 it is a share of the steps
+        "weight_decay": section.weight_decay,
+        "max_grad_norm": section.max_grad_norm,
+        "gradient_checkpointing": section.gradient_checkpointing,
+        "seed": section.seed,
+        "eval_strategy": "no" if evaluation.every_steps is None else "steps",
+        "eval_steps": evaluation.every_steps,
+        "bf16": placement.autocast_bf16,
+        "use_cpu": device.kind == "cpu",
+    }
+
+
+def loss_head(device: Device, model: Any) -> str:
+    """Return who computes the loss: `trl` (its Triton kernel on CUDA), or `supervised`, our head on trained positions.
+
+    On the CPU TRL's head projects every position, padding and prompt too, onto the vocabulary.
+    """
+    takes = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return "supervised" if device.kind != "cuda" and takes else "trl"
+
+
+class Trainer(SFTTrainer):
+    """TRL's trainer, fed with finished tokens and labels; stops at the first loss that is not a number."""
+
+    head = "trl"
+    n_tokens = 0
+    n_trained = 0
+    n_padded = 0
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the mean negative log-likelihood of the trained tokens over the whole accumulated batch."""
+        labels = inputs["labels"][:, 1:]
+        positions = (labels != IGNORE_INDEX).any(dim=0).nonzero().flatten()
+        logits_bytes = labels.shape[0] * len(positions) * model.config.get_text_config().vocab_size * 4
+        if self.head != "supervised" or self.aux_loss_enabled or return_outputs or logits_bytes > MAX_LOGITS_BYTES:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        logits = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            use_cache=False,
+            logits_to_keep=positions,
+        ).logits
+        targets = labels[:, positions]
+        summed = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+        count = (targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
+        return summed / count
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        """Run one micro-batch, count its tokens, and refuse to go on from a loss that is not a number."""
+        self.n_tokens += int(inputs["attention_mask"].sum())
+        self.n_padded += int(inputs["attention_mask"].numel())
+        self.n_trained += int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss became {float(loss)} at step {self.state.global_step + 1}; the weights were not updated with it",
+                hint="lower train.learning_rate, or look for broken rows with `lora-tune preview`",
+            )
+        return loss
+
+
+def make_trainer(
+    model: Any, tokenizer: Any, splits: Splits, section: TrainSection, evaluation: EvalSection, *,
+    placement: Placement, device: Device, folder: Path, callbacks: Sequence[Any] = (),
+) -> Trainer:  # fmt: skip
+    """Return a trainer that passes our `input_ids` and `labels` to the model untouched."""
+    held_out = splits.held_out if evaluation.every_steps is not None else None
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trainer = Trainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=str(folder),
+            max_length=None,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            report_to="none",
+            save_strategy="no",
+            logging_steps=1,
+            logging_nan_inf_filter=False,  # on, it would log NaN as 0.0
+            disable_tqdm=True,
+            optim="adamw_torch",
+            dataloader_pin_memory=device.kind == "cuda",
+            gradient_checkpointing_kwargs={"use_reentrant": False} if section.gradient_checkpointing else None,
+            **sft_settings(section, evaluation, placement, device),
+        ),
+        train_dataset=as_examples(splits.train.rows),
+        eval_dataset=as_examples(held_out.rows) if held_out else None,
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+    )
+    if is_quantized(model):
+        # TRL makes the adapter of a quantized base bf16 whatever the base computes in; the table of load.py decides.
+        for name, parameter in model.named_parameters():
+            if name in dtypes:
+                parameter.data = parameter.data.to(dtypes[name])
+    trainer.head = loss_head(device, model.get_base_model())
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def fit(
+    model: Any, tokenizer: Any, splits: Splits, section: TrainSection, evaluation: EvalSection, *,
+    placement: Placement, device: Device, folder: Path, notify: Notify,
+) -> Outcome:  # fmt: skip
+    """Train the adapter in place and return what happened.
+
+    Raises:
+        TrainingError: the loss is no longer a number (exit 65).
+        OutOfMemoryError: the device has not enough memory (exit 71).
+    """
+    log = StepLog(folder / "metrics.jsonl", notify)
+    best = BestWeights(evaluation.early_stopping_patience)
+    trainer = make_trainer(
+        model, tokenizer, splits, section, evaluation, placement=placement, device=device, folder=folder, callbacks=[log, best]
+    )  # fmt: skip
+    log.counts = trainer
+    try:
+        trainer.train()
+    except torch.OutOfMemoryError as err:
+        raise _out_of_memory(section, splits, str(err)) from err
+    except (MemoryError, RuntimeError) as err:
+        if isinstance(err, RuntimeError) and "alloc" not in str(err).lower():
+            raise
+        raise _out_of_memory(section, splits, str(err).splitlines()[0]) from err
+    best.restore(model)
+    tail = log.losses[-max(1, len(log.losses) // 10) :]
+    return Outcome(
+        steps=trainer.state.global_step,
+        epochs=round(float(trainer.state.epoch or 0.0), 4),
+        first_loss=log.losses[0],
+        last_loss=math.fsum(tail) / len(tail),
+        tokens=trainer.n_tokens,
+        trained_tokens=trainer.n_trained,
+        padding_share=1 - trainer.n_tokens / trainer.n_padded,
+        seconds=log.seconds,
+        tokens_per_second=trainer.n_tokens / log.seconds,
+        peak_memory_gib=peak_memory_gib(),
+        best_step=best.step,
+        held_out_loss=best.loss if best.step is not None else log.held_out_loss,
+    )
+
+
+def _out_of_memory(section: TrainSection, splits: Splits, reason: str) -> OutOfMemoryError:
+    longest = max(len(row.input_ids) for row in splits.train.rows)
+    return OutOfMemoryError(
+        f"out of memory with {section.micro_batch_sequences} rows of up to {longest} tokens "
+        f"({peak_memory_gib():.2f} GiB at the peak): {reason}",
+        hint=f"halve train.micro_batch_sequences and double train.gradient_accumulation_steps (now {section.micro_batch_sequences} and "
+        f"{section.gradient_accumulation_steps}); then train.gradient_checkpointing: true, base.quantization: nf4, a lower data.max_seq_tokens",
+    )

@@ -1,0 +1,157 @@
+"""A recipe's mistakes: each named with its field and line, all at once, and nothing written."""
+
+from pathlib import Path
+
+import pytest
+
+from lora_tune.errors import LoraTuneError, MissingInputError, RecipeError, UsageError
+from lora_tune.recipe.closed_yaml import parse
+from lora_tune.recipe.loader import dump_recipe, load_recipe, portable
+
+GOOD = """\
+version: 1
+base: {name: builtin:smollm2-135m}
+data: {path: rows.jsonl, eval_split: 0.1}
+lora: {rank: 8, alpha: 16}
+train: {learning_rate: 2e-4, epochs: 2}
+eval: {every_steps: 10, generate: 32}
+output: {name: home}
+"""
+
+# (what is wrong, old text, new text, field in the message, line, exit code)
+MISTAKES = [
+    ("section misspelt", "train:", "trian:", "trian", 5, 65),
+    ("key misspelt in base", "{name:", "{nmae:", "base.nmae", 2, 65),
+    ("key misspelt in data", "eval_split", "eval_spilt", "data.eval_spilt", 3, 65),
+    ("key misspelt in lora", "rank", "rnak", "lora.rnak", 4, 65),
+    ("key misspelt in train", "learning_rate", "learningrate", "train.learningrate", 5, 65),
+    ("key misspelt in eval", "generate", "genrate", "eval.genrate", 6, 65),
+    ("key misspelt in output", "{name: home}", "{nme: home}", "output.nme", 7, 65),
+    ("key of another section", "rank: 8", "learning_rate: 8", "lora.learning_rate", 4, 65),
+    ("required key missing", "{name: builtin:smollm2-135m}", "{quantization: nf4}", "base.name", 2, 65),
+    ("text for a number", "rank: 8", "rank: eight", "lora.rank", 4, 65),
+    ("quoted number", "rank: 8", 'rank: "8"', "lora.rank", 4, 65),
+    ("fraction for a whole number", "rank: 8", "rank: 8.5", "lora.rank", 4, 65),
+    ("boolean for a number", "epochs: 2", "epochs: true", "train.epochs", 5, 65),
+    ("list for a text", "name: home", "name: [home]", "output.name", 7, 65),
+    ("null for a required value", "path: rows.jsonl", "path: null", "data.path", 3, 65),
+    ("rank out of range", "rank: 8", "rank: 0", "lora.rank", 4, 65),
+    ("learning rate out of range", "2e-4", "-2e-4", "train.learning_rate", 5, 65),
+    ("learning rate not a number", "2e-4", ".nan", "train.learning_rate", 5, 65),
+    ("split out of range", "eval_split: 0.1", "eval_split: 1.5", "data.eval_split", 3, 65),
+    ("unknown choice", "smollm2-135m}", "smollm2-135m, quantization: nf5}", "base.quantization", 2, 65),
+    ("bad name", "name: home", "name: ../home", "output.name", 7, 65),
+    ("unknown version", "version: 1", "version: 2", "version", 1, 65),
+    ("key written twice", "rank: 8", "rank: 8, rank: 4", "lora.rank", 4, 65),
+    ("section written twice", "output:", "lora: {rank: 2}\noutput:", "lora", 7, 65),
+    ("anchor and alias", "{rank: 8, alpha: 16}", "&a {rank: 8}\nx: *a", "anchor", 4, 65),
+    ("tag", "name: home", "name: !!python/object:os.system home", "tag", 7, 65),
+    ("environment variable", "name: home", "name: '${HF_TOKEN}'", "output.name", 7, 65),
+    ("not YAML", "lora: {rank", "lora: {rank: [", "not valid YAML", 4, 65),
+    ("no held-out rows to measure", ", eval_split: 0.1", "", "eval.every_steps", 6, 65),
+    ("split and file of held-out rows", "eval_split: 0.1", "eval_split: 0.1, eval_path: rows.jsonl", "data.eval_split", 3, 65),
+    ("patience without measurements", "every_steps: 10", "early_stopping_patience: 2", "eval.early_stopping_patience", 6, 65),
+    ("revision of a built-in", "smollm2-135m}", "smollm2-135m, revision: main}", "base.revision", 2, 65),
+    ("head as a target", "rank: 8", "targets: [q_proj, lm_head]", "lora.targets", 4, 65),
+    ("dora on int8", "rank: 8", "variant: dora", "lora.variant", 4, 65),
+    ("rows not there", "rows.jsonl", "nowhere.jsonl", "data.path", 3, 66),
+    ("held-out rows not there", "eval_split: 0.1", "eval_path: nowhere.jsonl", "data.eval_path", 3, 66),
+    ("template not there", "eval_split: 0.1", "eval_split: 0.1, chat_template: no.jinja", "data.chat_template", 3, 66),
+    ("base folder not there", "builtin:smollm2-135m", "./no-such-folder", "base.name", 2, 66),
+]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"messages": []}\n')
+    return tmp_path
+
+
+def _write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_there_are_at_least_thirty_mistakes():
+    assert len(MISTAKES) >= 30
+
+
+@pytest.mark.parametrize(("what", "old", "new", "field", "line", "code"), MISTAKES, ids=[m[0] for m in MISTAKES])
+def test_each_mistake_is_named_with_field_and_line_and_nothing_is_written(folder, what, old, new, field, line, code):
+    assert old in GOOD
+    text = GOOD.replace(old, new, 1)
+    if what == "dora on int8":
+        text = text.replace("smollm2-135m}", "smollm2-135m, quantization: int8}")
+    path = _write(folder, text)
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(LoraTuneError) as caught:
+        load_recipe(path)
+    assert caught.value.exit_code == code, caught.value.message
+    assert f"line {line}: " in caught.value.message, caught.value.message
+    assert field in caught.value.message
+    assert caught.value.hint
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_the_good_recipe_is_good(folder):
+    recipe = load_recipe(_write(folder, GOOD)).recipe
+    assert recipe.train.learning_rate == 2e-4
+    assert recipe.lora.scaling == 2.0
+
+
+def test_all_problems_come_together_with_suggestions(folder):
+    text = GOOD.replace("rank", "rnak").replace("2e-4", "fast").replace("rows.jsonl", "gone.jsonl")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(_write(folder, text))
+    message = caught.value.message
+    assert "3 problems" in message
+    assert "did you mean `rank`" in message
+    assert "train.learning_rate" in message
+    assert "no file at" in message
+
+
+def test_a_key_of_another_section_is_sent_there(folder):
+    with pytest.raises(RecipeError, match="belongs to section `train`"):
+        load_recipe(_write(folder, GOOD.replace("rank: 8", "epochs: 8")))
+
+
+def test_yaml_12_scalars():
+    values = parse("a: 2e-4\nb: no\nc: 12:30:45\nd: 2026-01-01\ne: ~\nf: 0x10").value
+    assert values == {"a": 2e-4, "b": "no", "c": "12:30:45", "d": "2026-01-01", "e": None, "f": 16}
+
+
+def test_an_alias_bomb_and_deep_nesting_are_refused_unexpanded():
+    bomb = "a: &a [x, x]\n" + "".join(f"{c}: &{c} [*{p}, *{p}]\n" for p, c in zip("abcdefgh", "bcdefghi", strict=True))
+    assert any("anchor" in problem.message for problem in parse(bomb).problems)
+    assert parse("[" * 100 + "]" * 100).problems
+    assert parse("x: " + "y" * 300_000).problems
+
+
+def test_set_overrides_the_recipe_and_its_mistakes_are_named(folder):
+    path = _write(folder, GOOD)
+    recipe = load_recipe(path, ["lora.rank=4", "lora.targets=[q_proj, v_proj]", "train.learning_rate=5e-4"]).recipe
+    assert (recipe.lora.rank, recipe.lora.targets, recipe.train.learning_rate) == (4, ("q_proj", "v_proj"), 5e-4)
+    with pytest.raises(RecipeError, match=r"--set lora\.rnak"):
+        load_recipe(path, ["lora.rnak=4"])
+    with pytest.raises(UsageError):
+        load_recipe(path, ["rank"])
+
+
+def test_the_resolved_recipe_loads_to_an_equal_one(folder):
+    recipe = load_recipe(_write(folder, GOOD)).recipe
+    again = folder / "resolved.yaml"
+    again.write_text(dump_recipe(recipe))
+    assert load_recipe(again).recipe == recipe
+
+
+def test_a_portable_recipe_names_no_folder_of_this_machine(folder):
+    recipe = load_recipe(_write(folder, GOOD)).recipe
+    assert Path(recipe.data.path).is_absolute()
+    assert str(folder) not in str(portable(recipe))
+
+
+def test_a_missing_recipe_says_where_recipes_are(tmp_path):
+    with pytest.raises(MissingInputError) as caught:
+        load_recipe(tmp_path / "no.yaml")
+    assert "recipes ls" in caught.value.hint

@@ -1,0 +1,142 @@
+"""Reading rows: every problem with its file and line."""
+
+import json
+
+import pytest
+
+from lora_tune.data.lint import check_rows
+from lora_tune.data.rows import read_rows
+from lora_tune.errors import DataError, MissingInputError
+from lora_tune.recipe.schema import DataSection
+from tests.tiny import home_rows, write_jsonl
+
+
+def test_csv_cells_stay_strings(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt,completion\n001,NA\n"two\nlines",=1+1\n', encoding="utf-8")
+    rows = read_rows(path).rows
+    assert [row.values for row in rows] == [{"prompt": "001", "completion": "NA"}, {"prompt": "two\nlines", "completion": "=1+1"}]
+    assert [row.where.rpartition(":")[2] for row in rows] == ["2", "3"]
+
+
+def test_a_short_csv_row_is_named(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,completion\na,b\nc\nd,e,f\n", encoding="utf-8")
+    assert read_rows(path).problems == [
+        f"{path}:3: 1 cells, but the header names 2 columns", f"{path}:4: 3 cells, but the header names 2 columns"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", range(5))
+def test_bad_utf8_is_found_at_its_line_and_column(tmp_path, line):
+    lines = [json.dumps(row).encode() for row in home_rows(5)]
+    lines[line] = '{"é": "'.encode() + b"\xff" + b'"}'
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    assert read_rows(path).problems == [f"{path}:{line + 1}: not UTF-8 at column 8 (byte 0xff); save the file as UTF-8"]
+
+
+def test_a_byte_order_mark_and_blank_lines_are_no_problem(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(home_rows(1)[0]).encode() + b"\r\n\n\n")
+    found = read_rows(path)
+    assert len(found.rows) == 1
+    assert not found.problems
+
+
+BAD_ROWS = [
+    ('{"messages": [}', "not valid JSON"),
+    ("[1, 2]", "a row is an object"),
+    ('{"text": "x"}', "column 'messages' is missing"),
+    ('{"messages": "hello"}', "messages is a text"),
+    ('{"messages": [{"role": "user"}]}', "lacks content"),
+    ('{"messages": [{"role": "user", "content": 5}]}', "content is a number"),
+    ('{"messages": [{"role": "user", "content": null}]}', "content is a null"),
+    ('{"messages": [{"role": "robot", "content": "x"}]}', "has role 'robot'"),
+    ('{"messages": [{"role": "user", "content": "x", "extra": 1}]}', "has extra"),
+    ('{"messages": [{"role": "user", "content": "x"}]}', "the last message must be the assistant's"),
+    ('{"messages": [{"role": "assistant", "content": "x"}]}', "the first turn must be the user's"),
+    ('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": " "}]}', "is empty"),
+    ('{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}, {"role": "assistant", "content": "z"}]}', "second user turn"),
+    ('{"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "y"}, {"role": "assistant", "content": "z"}]}', "system message"),
+    ('{"messages": []}', "no messages"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("bad", "reason"), BAD_ROWS, ids=[reason for _, reason in BAD_ROWS])
+def test_one_bad_row_among_good_ones_is_named_with_its_line(tmp_path, bad, reason):
+    lines = [json.dumps(row) for row in home_rows(9)]
+    lines.insert(6, bad)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        check_rows(DataSection(path=str(path)), seed=0)
+    assert f"{path}:7: " in caught.value.message
+    assert reason in caught.value.message
+    assert caught.value.exit_code == 65
+
+
+def test_only_the_first_twenty_bad_rows_are_listed(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [*home_rows(1), *({"messages": n} for n in range(30))])
+    with pytest.raises(DataError) as caught:
+        check_rows(DataSection(path=str(path)), seed=0)
+    assert caught.value.message.count(f"{path}:") == 20
+    assert "and 10 more" in caught.value.message
+
+
+def test_formats_are_detected_and_agree(tmp_path):
+    chat = [{"messages": [{"role": "user", "content": "a\nb"}, {"role": "assistant", "content": "c"}]}]
+    prompts = [{"prompt": "a\nb", "completion": "c"}]
+    conversational = [{"prompt": chat[0]["messages"][:1], "completion": chat[0]["messages"][1:]}]
+    alpaca = [{"instruction": "a", "input": "b", "output": "c"}]
+    found = {}
+    for name, rows in {"chat": chat, "prompts": prompts, "conversational": conversational, "alpaca": alpaca}.items():
+        checked = check_rows(DataSection(path=str(write_jsonl(tmp_path / f"{name}.jsonl", rows))), seed=0)
+        assert checked.detected
+        found[name] = (checked.row_format, checked.train[0].messages)
+    assert [row_format for row_format, _ in found.values()] == ["chat", "prompt-completion", "prompt-completion", "alpaca"]
+    assert len({messages for _, messages in found.values()}) == 1
+
+
+def test_unknown_columns_list_what_is_known(tmp_path):
+    with pytest.raises(DataError, match=r"columns text are of no known format"):
+        check_rows(DataSection(path=str(write_jsonl(tmp_path / "rows.jsonl", [{"text": "x"}]))), seed=0)
+
+
+def test_the_split_is_seeded_disjoint_and_complete(tmp_path):
+    path = str(write_jsonl(tmp_path / "rows.jsonl", home_rows(40)))
+    section = DataSection(path=path, eval_split=0.25)
+    first, again, other = (check_rows(section, seed=seed) for seed in (0, 0, 1))
+    assert first == again
+    assert first.held_out != other.held_out
+    assert len(first.held_out) == 10
+    assert {row.where for row in first.train} | {row.where for row in first.held_out} == {f"{path}:{n}" for n in range(1, 41)}
+
+
+def test_copies_and_leaks_are_warned_of(tmp_path):
+    rows = home_rows(10)
+    train = write_jsonl(tmp_path / "train.jsonl", [*rows, rows[0]])
+    held = write_jsonl(tmp_path / "held.jsonl", [rows[3]])
+    warnings = check_rows(DataSection(path=str(train), eval_path=str(held)), seed=0).warnings
+    assert any("exact copies" in warning for warning in warnings)
+    assert any("held-out rows are also trained" in warning for warning in warnings)
+
+
+def test_missing_files_and_unknown_suffixes(tmp_path):
+    with pytest.raises(MissingInputError):
+        read_rows(tmp_path / "no.jsonl")
+    with pytest.raises(DataError, match=r"known: \.jsonl"):
+        read_rows(tmp_path / "rows.docx")
+
+
+def test_an_empty_file_says_so(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n\n")
+    with pytest.raises(DataError, match="has no rows"):
+        check_rows(DataSection(path=str(path)), seed=0)
+
+
+def test_real_alpaca_rows_are_read(shared_data):
+    checked = check_rows(DataSection(path=str(shared_data / "alpaca_en_demo.json"), eval_split=0.1), seed=0)
+    assert checked.row_format == "alpaca"
+    assert len(checked.train) + len(checked.held_out) == 999

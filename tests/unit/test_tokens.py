@@ -1,0 +1,168 @@
+"""The loss mask: exactly the assistant's words and their end-of-turn, whatever the template."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_tune.data.dataset import tokenize_set
+from lora_tune.data.messages import Conversation, Message
+from lora_tune.data.tokens import (
+    IGNORE_INDEX,
+    LossMaskError,
+    loss_labels,
+    prompt_ids,
+    render,
+    special_tokens,
+    tokenize,
+    trained_text,
+)
+from lora_tune.errors import DataError
+from lora_tune.model.load import PLAIN_TEMPLATE
+from lora_tune.recipe.schema import DataSection
+from tests.tiny import CHATML, home_rows, tiny_tokenizer
+
+END = "<|im_end|>"
+TEMPLATES = {
+    "chatml": CHATML,
+    "plain": PLAIN_TEMPLATE,
+    "default system": "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}" + CHATML,
+    "trimming": CHATML.replace("message['content']", "message['content'] | trim"),
+    "thinking block": CHATML.replace(
+        "message['role'] + '\n' +", "message['role'] + '\n' + ('<think>\n\n</think>\n\n' if message['role'] == 'assistant' else '') +"
+    ),
+    "bos first": "{{ bos_token }}" + CHATML,
+}  # fmt: skip
+# What the model writes before the words: a thinking block is not in the generation prompt, so it is the model's.
+BEFORE = {"thinking block": "<think>\n\n</think>\n\n"}
+
+words = st.text(
+    st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=30
+).filter(lambda text: text.strip() and not any(token in text for token in ("<|", "x7f3a9", "k2c8d1")))
+
+
+@st.composite
+def conversations(draw):
+    messages = [Message("system", draw(words))] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 3))):
+        messages += [Message("user", draw(words)), Message("assistant", draw(words))]
+    return Conversation(tuple(messages), len(messages) - 1, "row:1")
+
+
+@pytest.fixture(scope="module", params=TEMPLATES)
+def templated(request):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATES[request.param]
+    return tokenizer, request.param
+
+
+@settings(max_examples=40, deadline=None)
+@given(conversation=conversations())
+def test_exactly_the_assistants_words_and_end_of_turns_are_trained(templated, conversation):
+    tokenizer, name = templated
+    row = tokenize(conversation, tokenizer, train_on="assistant")
+    spoken = [m.content.strip() for m in conversation.messages if m.role == "assistant"]
+    expected = "".join(f"{BEFORE.get(name, '')}{text}{END}" for text in spoken)
+    found = trained_text(row, tokenizer)
+    # Templates that do not trim keep the blanks around the words; they are trained with them.
+    assert "".join(found.split()) == "".join(expected.split())
+    assert found.count(END) == len(spoken)
+
+
+@settings(max_examples=25, deadline=None)
+@given(conversation=conversations())
+def test_what_is_trained_follows_the_prompt_that_is_given_when_the_adapter_is_used(templated, conversation):
+    tokenizer, _ = templated
+    row = tokenize(conversation, tokenizer, train_on="completion")
+    prompt = prompt_ids(tokenizer, conversation.prompt)
+    assert list(row.input_ids[: len(prompt)]) == prompt
+    assert not any(row.trained[: len(prompt)])
+    assert row.trained[len(prompt)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(conversation=conversations())
+def test_the_tokens_are_those_of_the_whole_text(templated, conversation):
+    tokenizer, _ = templated
+    whole = tokenizer(render(tokenizer, conversation.messages), add_special_tokens=False)["input_ids"]
+    for train_on in ("assistant", "completion", "all"):
+        row = tokenize(conversation, tokenizer, train_on=train_on)
+        assert list(row.input_ids) == whole
+    assert all(row.trained)
+
+
+def _row(*contents: str) -> Conversation:
+    roles = ["user", "assistant"] * len(contents)
+    messages = tuple(Message(role, text) for role, text in zip(roles, contents, strict=False))
+    return Conversation(messages, len(messages) - 1, "row:1")
+
+
+@pytest.mark.parametrize(("template", "reason"), [
+    ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}", "never learn to stop"),
+    ("{% for m in messages %}{{ m['content'] | upper + eos_token }}{% endfor %}", "not exactly once"),
+    ("{% for m in messages %}{{ m['content'] + m['content'] + eos_token }}{% endfor %}", "not exactly once"),
+    ("{% for m in messages %}{{ m['content'][:3] + eos_token }}{% endfor %}", "not exactly once"),
+    ("{{ raise_exception('no such role') }}", "refuses the roles"),
+])  # fmt: skip
+def test_a_template_whose_mask_cannot_be_proved_is_refused(template, reason):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(LossMaskError, match=reason):
+        tokenize(_row("hello", "good day"), tokenizer, train_on="assistant")
+
+
+def test_a_token_across_the_start_of_the_answer_is_refused():
+    tokenizer = tiny_tokenizer()
+    # "li" + "ghts" is one token in this vocabulary, so the prompt's last token would change with the answer.
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'the li' + m['content'] + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'the li' }}{% endif %}"
+    )
+    with pytest.raises(LossMaskError, match="reaches across"):
+        tokenize(_row("x", "ghts"), tokenizer, train_on="assistant")
+
+
+def test_a_base_without_a_template_says_what_to_do():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(LossMaskError) as caught:
+        tokenize(_row("x", "y"), tokenizer, train_on="assistant")
+    assert "data.chat_template" in caught.value.hint
+
+
+def test_labels_are_ids_where_trained():
+    assert loss_labels([5, 6, 7], [False, True, True]) == [IGNORE_INDEX, 6, 7]
+    with pytest.raises(LossMaskError):
+        loss_labels([5], [False, True])
+    with pytest.raises(LossMaskError):
+        loss_labels([5], [False])
+
+
+def test_special_tokens_are_known(tokenizer):
+    assert {END, "<|im_start|>", "<|endoftext|>"} <= set(special_tokens(tokenizer))
+
+
+def _set(limit: int, too_long: str = "drop"):
+    rows = [Conversation(tuple(Message(**m) for m in row["messages"]), 2, f"row:{n}") for n, row in enumerate(home_rows(20))]
+    section = DataSection(path="x.jsonl", max_seq_tokens=limit, too_long=too_long)
+    return rows, tokenize_set(rows, tiny_tokenizer(), section)
+
+
+@pytest.mark.parametrize("too_long", ["drop", "cut_right"])
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9])
+def test_nothing_is_cut_or_dropped_uncounted(share, too_long):
+    _, whole = _set(1024)
+    limit = sorted(len(row.input_ids) for row in whole.rows)[int(share * 20)]
+    rows, kept = _set(limit, too_long)
+    counts = kept.counts
+    assert counts.rows_read == len(rows) == counts.rows + counts.rows_dropped
+    assert counts.trained_tokens + counts.trained_tokens_lost == whole.counts.trained_tokens
+    assert counts.tokens == sum(len(row.input_ids) for row in kept.rows)
+    assert max(len(row.input_ids) for row in kept.rows) <= limit
+    assert all(row.n_trained > 0 for row in kept.rows)
+    assert counts.rows_cut == sum(len(row.input_ids) == limit < len(full.input_ids) for row in kept.rows for full in whole.rows if row.where == full.where)
+
+
+def test_a_limit_that_leaves_nothing_and_the_policy_fail_stop_the_run():
+    with pytest.raises(DataError, match="no row is left"):
+        _set(8)
+    with pytest.raises(DataError, match="too_long is fail"):
+        _set(60, "fail")
