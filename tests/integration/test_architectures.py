@@ -33,7 +33,12 @@ def _ignore(*_):
 def _train(folder, base, /, **sections):
     folder.mkdir(parents=True)
     report = verbs.train(
-        write_recipe(folder, base, **sections), (), run_dir=folder / "run", dry_run=False, registry=folder / "adapters", notify=_ignore
+        write_recipe(folder, base, **sections),
+        (),
+        run_dir=folder / "run",
+        dry_run=False,
+        registry=folder / "adapters",
+        notify=_ignore,
     )
     return folder / "run" / "adapter", report
 
@@ -84,7 +89,9 @@ def test_same_recipe_and_seed_give_the_same_weights_and_another_seed_does_not(tm
     assert digests["a"] == digests["b"] != digests["c"]
 
 
-@pytest.mark.parametrize(("quantization", "layer"), [("none", "Linear"), ("nf4", "Linear4bit"), ("int8", "Linear8bitLt")])
+@pytest.mark.parametrize(
+    ("quantization", "layer"), [("none", "Linear"), ("nf4", "Linear4bit"), ("int8", "Linear8bitLt")]
+)
 def test_the_base_is_held_as_asked(tiny_bases, quantization, layer):
     folder = tiny_bases("llama")
     model = load_base(BaseFiles("b", None, folder), BaseSection(name=str(folder), quantization=quantization))
@@ -105,7 +112,11 @@ def test_all_linear_is_every_linear_layer_but_the_head():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_trained_numbers_follow_the_formula(architecture):
     base = tiny_model(architecture)
-    widths = [module.weight.shape for name, module in base.named_modules() if name.rsplit(".", 1)[-1] in resolve_targets(base, "all-linear")]
+    widths = [
+        module.weight.shape
+        for name, module in base.named_modules()
+        if name.rsplit(".", 1)[-1] in resolve_targets(base, "all-linear")
+    ]
     model = apply_lora(base, LoraSection(rank=3), adapter_dtype="fp32")
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sum(3 * (a + b) for a, b in widths)
 
@@ -129,7 +140,9 @@ def test_a_changed_tokenizer_or_template_is_refused(trained, tiny_bases, tmp_pat
         copy = tmp_path / what
         shutil.copytree(tiny_bases(), copy)
         text = (copy / what).read_text()
-        (copy / what).write_text(text.replace("<|endoftext|>", "<|endofbook|>") if what.endswith("json") else text + " ")
+        (copy / what).write_text(
+            text.replace("<|endoftext|>", "<|endofbook|>") if what.endswith("json") else text + " "
+        )
         with pytest.raises(AdapterMismatchError) as caught:
             open_live(open_adapter(trained), _ignore, base_name=str(copy))
         assert caught.value.where == where

@@ -34,7 +34,9 @@ def test_what_reaches_the_model_equals_ours(tmp_path):
     compute_loss = trainer.compute_loss
 
     def record(model, inputs, **kwargs):
-        for ids, labels, attended in zip(*(inputs[key].tolist() for key in ("input_ids", "labels", "attention_mask")), strict=True):
+        for ids, labels, attended in zip(
+            *(inputs[key].tolist() for key in ("input_ids", "labels", "attention_mask")), strict=True
+        ):
             real = sum(attended)
             assert attended == [1] * real + [0] * (len(ids) - real)
             assert labels[real:] == [IGNORE_INDEX] * (len(ids) - real)

@@ -31,12 +31,17 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_padding_changes_no_loss(tmp_path, architecture):
-    trainer, splits, model = _trainer(tmp_path, architecture)
+    trainer, _, model = _trainer(tmp_path, architecture)
     collate = trainer.data_collator
     model.eval()
     examples = [trainer.train_dataset[i] for i in range(4)]
-    examples[0] = {key: value[:20] for key, value in examples[0].items()} | {"labels": [-100] * 10 + examples[0]["input_ids"][10:20]}
+    examples[0] = {key: value[:20] for key, value in examples[0].items()} | {
+        "labels": [-100] * 10 + examples[0]["input_ids"][10:20]
+    }
     with torch.no_grad():
         together = trainer.compute_loss(model, collate(examples), num_items_in_batch=torch.tensor(1.0)).item()
-        alone = sum(trainer.compute_loss(model, collate([example]), num_items_in_batch=torch.tensor(1.0)).item() for example in examples)
+        alone = sum(
+            trainer.compute_loss(model, collate([example]), num_items_in_batch=torch.tensor(1.0)).item()
+            for example in examples
+        )
     assert together == pytest.approx(alone, rel=1e-5)

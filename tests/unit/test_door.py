@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from lora_tune.adapter import registry
 from lora_tune.adapter.door import CONFIG, WEIGHTS, check_fits, open_adapter
-from lora_tune.errors import AdapterError, AdapterMismatchError, CannotCreateError, LoraTuneError, MissingInputError, UsageError
+from lora_tune.errors import (
+    AdapterError,
+    AdapterMismatchError,
+    CannotCreateError,
+    LoraTuneError,
+    MissingInputError,
+    UsageError,
+)
 
 MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]
 GOOD = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "bias": "none",
@@ -75,7 +82,11 @@ def _changed(**change):
     content = tensors()
     first = next(iter(content))
     dtype, shape, data = content[first]
-    content[change.get("name", first)] = (change.get("dtype", dtype), change.get("shape", shape), change.get("data", data))
+    content[change.get("name", first)] = (
+        change.get("dtype", dtype),
+        change.get("shape", shape),
+        change.get("data", data),
+    )
     if change.get("name"):
         content.pop(first, None) if change.get("replace") else None
     return content
@@ -110,7 +121,21 @@ def test_nan_is_found_in_every_tensor(tmp_path):
             open_adapter(write(tmp_path / "a", content=content))
 
 
-@pytest.mark.parametrize("what", ["pickle", "symlink", "fifo", "folder", "no config", "big config", "deep config", "duplicate key", "trailing", "cut"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "pickle",
+        "symlink",
+        "fifo",
+        "folder",
+        "no config",
+        "big config",
+        "deep config",
+        "duplicate key",
+        "trailing",
+        "cut",
+    ],
+)
 def test_hostile_files_are_refused(tmp_path, what):
     folder = write(tmp_path / "a")
     weights, config = folder / WEIGHTS, folder / CONFIG
@@ -118,7 +143,11 @@ def test_hostile_files_are_refused(tmp_path, what):
         weights.rename(folder / "adapter_model.bin")
     elif what in ("symlink", "fifo", "folder"):
         weights.unlink()
-        {"symlink": lambda: weights.symlink_to("/etc/passwd"), "fifo": lambda: os.mkfifo(weights), "folder": weights.mkdir}[what]()
+        {
+            "symlink": lambda: weights.symlink_to("/etc/passwd"),
+            "fifo": lambda: os.mkfifo(weights),
+            "folder": weights.mkdir,
+        }[what]()
     elif what == "no config":
         config.unlink()
     elif what == "big config":

@@ -25,7 +25,10 @@ def test_a_failed_block_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, CannotWriteError), (errno.EIO, CannotWriteError), (errno.EROFS, CannotCreateError)])
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(errno.ENOSPC, CannotWriteError), (errno.EIO, CannotWriteError), (errno.EROFS, CannotCreateError)],
+)
 def test_a_failing_disk_is_told_and_leaves_nothing(tmp_path, number, kind):
     with pytest.raises(kind), staged_folder(tmp_path / "b"):
         raise OSError(number, os.strerror(number))

@@ -7,7 +7,11 @@ from lora_tune.recipe.schema import BaseSection
 from lora_tune.training.trainer import loss_head
 
 PLAIN_CPU, FAST_CPU = Device("cpu", computes_bf16=False), Device("cpu", computes_bf16=True)
-AMPERE, TURING, MAC = Device("cuda", computes_bf16=True), Device("cuda", computes_bf16=False), Device("mps", computes_bf16=False)
+AMPERE, TURING, MAC = (
+    Device("cuda", computes_bf16=True),
+    Device("cuda", computes_bf16=False),
+    Device("mps", computes_bf16=False),
+)
 
 
 @pytest.mark.parametrize(("device", "quantization", "dtype", "expected"), [

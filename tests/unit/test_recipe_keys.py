@@ -92,7 +92,9 @@ def test_data_settings_change_the_rows(tmp_path, tokenizer):
         {"messages": [*row["messages"], {"role": "user", "content": "thanks"}, {"role": "assistant", "content": "bye"}]}
         for row in home_rows(3)
     ])  # fmt: skip
-    alpaca = write_jsonl(tmp_path / "alpaca.jsonl", [{"instruction": "a", "input": "", "output": "b", "prompt": "p", "completion": "c"}])
+    alpaca = write_jsonl(
+        tmp_path / "alpaca.jsonl", [{"instruction": "a", "input": "", "output": "b", "prompt": "p", "completion": "c"}]
+    )
 
     def digest(**settings: Any) -> str:
         return prepare_dataset(DataSection(**{"path": str(rows), **settings}), tokenizer, seed=0).digest

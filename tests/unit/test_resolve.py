@@ -120,7 +120,9 @@ def test_sharding_does_not_change_the_fingerprint(base, tmp_path):
     assert read_shapes(tmp_path / "one") == read_shapes(tmp_path / "many")
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff" * 8, b"\x02\x00\x00\x00\x00\x00\x00\x00{]", b"\x02\x00\x00\x00\x00\x00\x00\x00[]"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff" * 8, b"\x02\x00\x00\x00\x00\x00\x00\x00{]", b"\x02\x00\x00\x00\x00\x00\x00\x00[]"]
+)
 def test_broken_safetensors_headers_are_our_error(tmp_path, content):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)

@@ -15,7 +15,10 @@ def test_csv_cells_stay_strings(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text('prompt,completion\n001,NA\n"two\nlines",=1+1\n', encoding="utf-8")
     rows = read_rows(path).rows
-    assert [row.values for row in rows] == [{"prompt": "001", "completion": "NA"}, {"prompt": "two\nlines", "completion": "=1+1"}]
+    assert [row.values for row in rows] == [
+        {"prompt": "001", "completion": "NA"},
+        {"prompt": "two\nlines", "completion": "=1+1"},
+    ]
     assert [row.where.rpartition(":")[2] for row in rows] == ["2", "3"]
 
 
@@ -94,7 +97,12 @@ def test_formats_are_detected_and_agree(tmp_path):
         checked = check_rows(DataSection(path=str(write_jsonl(tmp_path / f"{name}.jsonl", rows))), seed=0)
         assert checked.detected
         found[name] = (checked.row_format, checked.train[0].messages)
-    assert [row_format for row_format, _ in found.values()] == ["chat", "prompt-completion", "prompt-completion", "alpaca"]
+    assert [row_format for row_format, _ in found.values()] == [
+        "chat",
+        "prompt-completion",
+        "prompt-completion",
+        "alpaca",
+    ]
     assert len({messages for _, messages in found.values()}) == 1
 
 
@@ -110,7 +118,9 @@ def test_the_split_is_seeded_disjoint_and_complete(tmp_path):
     assert first == again
     assert first.held_out != other.held_out
     assert len(first.held_out) == 10
-    assert {row.where for row in first.train} | {row.where for row in first.held_out} == {f"{path}:{n}" for n in range(1, 41)}
+    assert {row.where for row in first.train} | {row.where for row in first.held_out} == {
+        f"{path}:{n}" for n in range(1, 41)
+    }
 
 
 def test_copies_and_leaks_are_warned_of(tmp_path):

@@ -35,9 +35,9 @@ TEMPLATES = {
 # What the model writes before the words: a thinking block is not in the generation prompt, so it is the model's.
 BEFORE = {"thinking block": "<think>\n\n</think>\n\n"}
 
-words = st.text(
-    st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=30
-).filter(lambda text: text.strip() and not any(token in text for token in ("<|", "x7f3a9", "k2c8d1")))
+words = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=30).filter(
+    lambda text: text.strip() and not any(token in text for token in ("<|", "x7f3a9", "k2c8d1"))
+)
 
 
 @st.composite
@@ -113,9 +113,7 @@ def test_a_template_whose_mask_cannot_be_proved_is_refused(template, reason):
 def test_a_token_across_the_start_of_the_answer_is_refused():
     tokenizer = tiny_tokenizer()
     # "li" + "ghts" is one token in this vocabulary, so the prompt's last token would change with the answer.
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ 'the li' + m['content'] + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'the li' }}{% endif %}"
-    )
+    tokenizer.chat_template = "{% for m in messages %}{{ 'the li' + m['content'] + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'the li' }}{% endif %}"
     with pytest.raises(LossMaskError, match="reaches across"):
         tokenize(_row("x", "ghts"), tokenizer, train_on="assistant")
 
@@ -141,7 +139,9 @@ def test_special_tokens_are_known(tokenizer):
 
 
 def _set(limit: int, too_long: str = "drop"):
-    rows = [Conversation(tuple(Message(**m) for m in row["messages"]), 2, f"row:{n}") for n, row in enumerate(home_rows(20))]
+    rows = [
+        Conversation(tuple(Message(**m) for m in row["messages"]), 2, f"row:{n}") for n, row in enumerate(home_rows(20))
+    ]
     section = DataSection(path="x.jsonl", max_seq_tokens=limit, too_long=too_long)
     return rows, tokenize_set(rows, tiny_tokenizer(), section)
 
@@ -158,7 +158,12 @@ def test_nothing_is_cut_or_dropped_uncounted(share, too_long):
     assert counts.tokens == sum(len(row.input_ids) for row in kept.rows)
     assert max(len(row.input_ids) for row in kept.rows) <= limit
     assert all(row.n_trained > 0 for row in kept.rows)
-    assert counts.rows_cut == sum(len(row.input_ids) == limit < len(full.input_ids) for row in kept.rows for full in whole.rows if row.where == full.where)
+    assert counts.rows_cut == sum(
+        len(row.input_ids) == limit < len(full.input_ids)
+        for row in kept.rows
+        for full in whole.rows
+        if row.where == full.where
+    )
 
 
 def test_a_limit_that_leaves_nothing_and_the_policy_fail_stop_the_run():
