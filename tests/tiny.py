@@ -101,7 +101,7 @@ def write_recipe(
     everything = home_rows(rows + held_out)
     write_jsonl(folder / "rows.jsonl", everything[:rows])
     recipe: dict[str, dict[str, Any]] = {
-        "base": {"name": str(base)},
+        "base": {"name": str(base), "dtype": "fp32"},  # the same figures on every machine
         "data": {"path": "rows.jsonl", "max_seq_tokens": 256},
         "lora": {"rank": 4, "alpha": 8},
         "train": {"max_steps": 2, "micro_batch_sequences": 4, "learning_rate": 1e-2},

@@ -95,6 +95,8 @@ def base_section(adapter: AdapterFiles, base_name: str | None = None) -> BaseSec
         name=name,
         revision=facts.revision if facts and hub else None,
         quantization=facts.quantization if facts else "none",
+        # What the recipe asked for, not what `auto` chose on the machine that trained it.
+        dtype=manifest.recipe["base"]["dtype"] if manifest else "auto",
     )
 
 

@@ -1,15 +1,15 @@
 """Base + adapter → one plain model, with a receipt: how far it is from the adapter, measured after it was written."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lora_tune.adapter.door import AdapterFiles
 from lora_tune.adapter.live import base_section, open_live
-from lora_tune.adapter.probes import PROMPTS, probe_logits, replay_probes
-from lora_tune.data.messages import Message
-from lora_tune.data.tokens import prompt_ids
+from lora_tune.adapter.manifest import Probe
+from lora_tune.adapter.probes import PROMPTS, probe_logits, record_probes, replay_probes
 from lora_tune.errors import CannotCreateError, RefusedError, TrainingError
 from lora_tune.model.dense import BaseFiles, quiet
 from lora_tune.model.load import detect_device, load_base, place
@@ -23,16 +23,18 @@ MAX_KL = {"fp32": 1e-6, "bf16": 1e-2}
 
 @dataclass(frozen=True)
 class Receipt:
-    """What merging changed, measured on the golden prompts between base + adapter and the written model, loaded back."""
+    """What merging changed: base + adapter against the written model, loaded back, on the golden prompts."""
 
     onto: Literal["trained", "original"]
     dtype: str
     max_abs_delta: float
-    """Largest difference of a logit."""
+    """Largest difference of a logit where the model answers."""
+    max_abs_delta_prompt: float
+    """The same where it reads the prompt."""
     kl: float
-    """Mean KL divergence in nats a token."""
+    """Mean KL divergence over all positions, in nats a token."""
     top1_agreement: float
-    """Share of positions with the same likeliest token."""
+    """Share of all positions with the same likeliest token."""
     kl_to_trained: float | None
     """KL divergence to what the passport recorded when it was trained; None without a passport."""
 
@@ -62,8 +64,8 @@ def merge_adapter(
         raise CannotCreateError(f"{out} exists already and is never overwritten", hint="give another folder")
     live = open_live(adapter, progress, base_name=base_name, quantization="none")
     progress("merging", 0.3)
-    prompts = [prompt_ids(live.tokenizer, [Message("user", words)]) for words in PROMPTS]
-    before = [probe_logits(live.model, ids, 1) for ids in prompts]
+    probes = adapter.manifest.probes if adapter.manifest else record_probes(live.model, live.tokenizer)
+    before = [probe_logits(live.model, probe.input_ids, 1) for probe in probes]
     dtype = place(detect_device(), live.base).dtype
     with staged_folder(out) as stage, quiet():
         merged = live.model.merge_and_unload()
@@ -72,7 +74,7 @@ def merge_adapter(
         del merged
         progress("loading the merged model back", 0.7)
         again = load_base(BaseFiles(out.name, None, stage), BaseSection(name=str(stage), dtype=dtype))
-        receipt = _receipt(adapter, again, prompts, before, onto=onto, dtype=dtype)
+        receipt = _receipt(adapter, again, probes, before, onto=onto, dtype=dtype)
         if not receipt.kl <= MAX_KL[dtype]:
             raise TrainingError(
                 f"the merged model differs from the adapter by a KL divergence of {receipt.kl:.3g} nats a token; "
@@ -90,21 +92,33 @@ def merge_adapter(
 def _receipt(
     adapter: AdapterFiles,
     merged: Any,
-    prompts: list[list[int]],
-    before: list[Any],
+    probes: Sequence[Probe],
+    before: Sequence[Any],
     *,
     onto: Literal["trained", "original"],
     dtype: str,
 ) -> Receipt:
-    deltas, kls, same = [], [], []
-    for ids, was in zip(prompts, before, strict=True):
-        now = probe_logits(merged, ids, 1)
-        deltas.append(float((now.float() - was.float()).abs().max()))
+    deltas: dict[str, list[float]] = {"prompt": [], "answer": []}
+    kls, same = [], []
+    for probe, was in zip(probes, before, strict=True):
+        now = probe_logits(merged, probe.input_ids, 1)
+        delta = (now.float() - was.float()).abs().amax(-1).tolist()
+        first = probe.answer_start - 1  # the logits that predict the answer's first token
+        deltas["prompt"] += delta[:first]
+        deltas["answer"] += delta[first:]
         p, q = was.double().log_softmax(-1), now.double().log_softmax(-1)
         kls += (p.exp() * (p - q)).sum(-1).clamp_min(0).tolist()
         same += (was.argmax(-1) == now.argmax(-1)).tolist()
     to_trained = replay_probes(merged, adapter.manifest.probes).kl if adapter.manifest else None
-    return Receipt(onto, dtype, max(deltas), sum(kls) / len(kls), sum(same) / len(same), to_trained)
+    return Receipt(
+        onto,
+        dtype,
+        max(deltas["answer"]),
+        max(deltas["prompt"]),
+        sum(kls) / len(kls),
+        sum(same) / len(same),
+        to_trained,
+    )
 
 
 def _card(adapter: AdapterFiles, base: BaseSection, receipt: Receipt) -> str:
@@ -127,7 +141,8 @@ Measured after writing, against base + adapter, on {len(PROMPTS)} fixed prompts:
 
 | | |
 |---|---|
-| largest difference of a logit | {receipt.max_abs_delta:.3g} |
+| largest difference of a logit, answering | {receipt.max_abs_delta:.3g} |
+| largest difference of a logit, reading the prompt | {receipt.max_abs_delta_prompt:.3g} |
 | KL divergence | {receipt.kl:.3g} nats a token |
 | same likeliest token | {receipt.top1_agreement:.1%} |
 {trained}"""

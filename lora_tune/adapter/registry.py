@@ -61,12 +61,28 @@ def add(folder: Path, name: str, *, root: Path) -> Version:
                 if path.is_file() and not path.is_symlink():
                     shutil.copyfile(path, stage / path.name)
             digest = content_digest(open_adapter(stage))
-        event = {"event": "added", "name": name, "version": version.number, "digest": digest, "at": time.time()}
+        event = {"event": "added", "name": name, "version": version.number, "digest": digest, "at": time.time(),
+                 "from": str(folder.resolve())}  # fmt: skip
         with (root / "journal.jsonl").open("a", encoding="utf-8") as journal:
             journal.write(json.dumps(event, sort_keys=True) + "\n")
             journal.flush()
             os.fsync(journal.fileno())
     return version
+
+
+def origin(folder: Path, *, root: Path) -> Path:
+    """Return the folder that a registered adapter was copied from; any other folder is its own origin."""
+    journal = root / "journal.jsonl"
+    if not journal.is_file() or folder.parent.parent.resolve() != root.resolve():
+        return folder
+    for line in reversed(journal.read_text(encoding="utf-8").splitlines()):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue  # a line that was cut off by a crash
+        if (event.get("name"), str(event.get("version"))) == (folder.parent.name, folder.name):
+            return Path(event.get("from", folder))
+    return folder
 
 
 def find(spec: str, *, root: Path) -> Path:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lora_tune import __version__
 from lora_tune.cli import render
 from lora_tune.errors import LoraTuneError, UsageError
 
@@ -22,6 +23,17 @@ adapters_app = typer.Typer(
 )
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(adapters_app, name="adapters")
+
+
+@app.callback(help=_EXAMPLE)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    """Print the version, if that is all that is asked for."""
+    if version:
+        print(f"lora_tune {__version__}")
+        raise typer.Exit
+
 
 Recipe = Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)]
 Sets = Annotated[
@@ -128,7 +140,7 @@ def merge(adapter: Adapter, out: Annotated[Path, typer.Argument(help="New folder
 
 
 @app.command()
-def schema() -> None:
+def schema(as_json: Json = False, debug: Debug = False) -> None:
     """Print the JSON Schema of a recipe, for editors."""
     from lora_tune.cli import verbs
 

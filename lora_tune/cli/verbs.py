@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 from lora_tune.adapter import registry as shelf
 from lora_tune.adapter.door import AdapterFiles, open_adapter
 from lora_tune.data.lint import check_rows
+from lora_tune.data.messages import Conversation
 from lora_tune.errors import AdapterMismatchError, CannotCreateError, LoraTuneError, MissingInputError, UsageError
 from lora_tune.model.resolve import locate
 from lora_tune.recipe.loader import LoadedRecipe, dump_recipe, load_recipe
@@ -107,9 +108,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return the figures of an adapter, and of its base, on held-out rows."""
     adapter = _open(spec, registry)
-    section = _eval_section(adapter, data)
     # The rows first: a mistake in them costs no model load.
-    conversations = check_rows(section, seed=0).train
+    section, conversations = _held_out_rows(adapter, data, _root(registry))
     from lora_tune.adapter.live import open_live
     from lora_tune.data.dataset import tokenize_set
     from lora_tune.evaluation.evaluate import evaluate as measure
@@ -119,25 +119,31 @@ def evaluate(
     measured = measure(
         live.model, live.tokenizer, held_out, progress, max_answer_tokens=generate, answer_rows=rows, base_too=base_too
     )
-    return {"data": section.path, "counts": held_out.counts.as_dict(), **measured.as_dict()}
+    return {"data": section.eval_path or section.path, "counts": held_out.counts.as_dict(), **measured.as_dict()}
 
 
-def _eval_section(adapter: AdapterFiles, data: Path | None) -> DataSection:
-    """Return the adapter's own data section, pointed at the rows to measure on."""
+def _held_out_rows(
+    adapter: AdapterFiles, data: Path | None, registry: Path
+) -> tuple[DataSection, Sequence[Conversation]]:
+    """Return the rows to measure on, and how they are tokenized: as in training.
+
+    Without `data` they are the held-out rows of the run that made the adapter, if that run is still on this machine.
+    """
     trained = adapter.manifest.recipe["data"] if adapter.manifest else {}
-    if data is None:
-        run_recipe = adapter.folder.parent / "recipe.resolved.yaml"
-        if run_recipe.is_file():
-            kept = load_recipe(run_recipe).recipe.data.eval_path
-            data = Path(kept) if kept else None
-    if data is None:
-        raise UsageError(
-            f"{adapter.folder} does not carry its held-out rows", hint="name the rows to measure on with --data FILE"
-        )
-    settings = {key: trained[key] for key in ("train_on", "max_seq_tokens", "format") if key in trained}
-    if data.suffix and trained.get("path") and Path(trained["path"]).suffix != data.suffix:
-        settings["format"] = "auto"
-    return DataSection(path=str(data), **settings)
+    kept = {key: trained[key] for key in ("train_on", "max_seq_tokens") if key in trained}
+    if data is not None:
+        section = DataSection(path=str(data), **kept)
+        return section, check_rows(section, seed=0).train
+    recipe_path = shelf.origin(adapter.folder, root=registry).parent / "recipe.resolved.yaml"
+    if recipe_path.is_file():
+        recipe = load_recipe(recipe_path).recipe
+        held_out = check_rows(recipe.data, seed=recipe.train.seed).held_out
+        if held_out:
+            return recipe.data, held_out
+    raise UsageError(
+        f"the rows that {adapter.folder} was measured on are not on this machine, or there were none",
+        hint="name the rows to measure on with --data FILE",
+    )
 
 
 @dataclass(frozen=True)

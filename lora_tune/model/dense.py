@@ -3,6 +3,7 @@
 A GGUF file (the built-in base is one) is converted once into the cache: kept packed it is slow, and cannot be saved.
 """
 
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -71,7 +72,7 @@ def _convert(gguf: Path, stage: Path, progress: Progress) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
-    except (OSError, ValueError, KeyError, IndexError, NotImplementedError) as err:
+    except (OSError, ValueError, KeyError, IndexError, NotImplementedError, struct.error) as err:
         raise MissingInputError(
             f"transformers cannot read {gguf}: {err}",
             hint="the file may be damaged, or its architecture unknown to transformers",

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from lora_tune.errors import MissingInputError, RecipeError
 from lora_tune.model.dense import BaseFiles, quiet
-from lora_tune.model.quantization import quantization_plan
+from lora_tune.model.quantization import keep_unpacked, quantization_plan
 from lora_tune.recipe.schema import BaseSection
 
 PLAIN_TEMPLATE = (
@@ -147,6 +147,7 @@ def load_base(files: BaseFiles, base: BaseSection) -> Any:
             )
     except (OSError, ValueError, KeyError) as err:
         raise MissingInputError(f"{files.name} cannot be loaded: {err}", where=str(files.folder)) from err
+    keep_unpacked(model)
     model.eval()
     model.requires_grad_(requires_grad=False)
     return model

@@ -231,7 +231,21 @@ def _hub_snapshot(base: BaseSection, *, local_only: bool) -> Path | None:
             f"downloading {base.name} failed: {err}", hint="check the network and run it again"
         ) from err
     snapshot = Path(folder)
-    return snapshot if (snapshot / "config.json").is_file() or not local_only else None
+    return snapshot if not local_only or _is_whole(snapshot) else None
+
+
+def _is_whole(snapshot: Path) -> bool:
+    """Return whether config, tokenizer and every shard are there: an interrupted download leaves some of them."""
+    index = snapshot / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return False
+        weights = all((snapshot / str(shard)).is_file() for shard in shards)
+    else:
+        weights = any(snapshot.glob("*.safetensors"))
+    return weights and (snapshot / "config.json").is_file() and any(snapshot.glob("tokenizer*"))
 
 
 def _not_on_hub(base: BaseSection, err: Exception) -> LoraTuneError:

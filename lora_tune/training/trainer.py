@@ -192,6 +192,8 @@ def fit(
         if isinstance(err, RuntimeError) and "alloc" not in str(err).lower():
             raise
         raise _out_of_memory(section, splits, str(err).splitlines()[0]) from err
+    # accelerate leaves the model inside its autocast; whoever loads the adapter computes without it.
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     best.restore(model)
     tail = log.losses[-max(1, len(log.losses) // 10) :]
     return Outcome(

@@ -1,6 +1,7 @@
 """The command line from argv to exit code, on a tiny base."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -114,9 +115,23 @@ def test_eval_takes_other_rows_and_needs_some(trained, capsys, tmp_path):
     code, found = _json(capsys, "eval", "tiny", "--registry", trained / "adapters", "--data", rows, "--generate", 0)
     assert code == 0
     assert found["counts"]["rows"] == 2
-    code, found = _json(capsys, "eval", "tiny", "--registry", trained / "adapters")
+    code, found = _json(capsys, "eval", "tiny", "--registry", trained / "adapters", "--generate", 0)
+    assert code == 0
+    assert found["data"].endswith("held.jsonl")
+    shutil.copytree(trained / "run" / "adapter", tmp_path / "elsewhere")
+    code, found = _json(capsys, "eval", tmp_path / "elsewhere")
     assert code == 2
     assert "--data" in found["error"]["hint"]
+
+
+def test_eval_finds_the_rows_that_a_split_held_out(tmp_path, tiny_bases, capsys):
+    recipe = write_recipe(tmp_path, tiny_bases(), held_out=0, data={"eval_split": 0.25}, train={"seed": 5})
+    places = ("--run-dir", tmp_path / "run", "--registry", tmp_path / "r")
+    _, done = _json(capsys, "train", recipe, *places)
+    code, found = _json(capsys, "eval", "tiny", "--registry", tmp_path / "r", "--generate", 0)
+    assert code == 0
+    assert found["counts"] == done["data"]["held_out"]
+    assert found["adapter"]["loss"] == pytest.approx(done["evaluation"]["adapter"]["loss"], abs=1e-6)
 
 
 def test_the_base_with_the_adapter_off_is_the_base(trained, tiny_bases):
@@ -219,8 +234,6 @@ def test_list_inspect_verify_merge(trained, capsys, tmp_path):
 
 
 def test_verify_refuses_another_base_and_an_adapter_without_a_passport(trained, capsys, tmp_path, tiny_bases):
-    import shutil
-
     code, found = _json(capsys, "adapters", "verify", trained / "run" / "adapter", "--base", tiny_bases("llama", 1))
     assert (code, found["error"]["where"]) == (77, "base.weights")
     shutil.copytree(trained / "run" / "adapter", tmp_path / "copy")

@@ -24,6 +24,7 @@ CASES = [
     *[(architecture, "lora", quantization) for architecture in ARCHITECTURES for quantization in ("nf4", "int8")],
     ("llama", "dora", "nf4"),
 ]
+IN_BF16 = [("llama", "none"), ("llama", "nf4"), ("gpt2", "none"), ("gpt2", "nf4"), ("gemma", "int8")]
 
 
 def _ignore(*_):
@@ -63,10 +64,23 @@ def test_trained_exported_loaded_back_and_merged(tmp_path, tiny_bases, architect
         receipt = merge_adapter(files, tmp_path / "merged", _ignore, onto="trained")
         assert receipt.max_abs_delta <= 1e-4
         assert receipt.top1_agreement == 1.0
-        merged = load_base(BaseFiles("m", None, tmp_path / "merged"), BaseSection(name=str(tmp_path / "merged")))
+        merged = load_base(
+            BaseFiles("m", None, tmp_path / "merged"), BaseSection(name=str(tmp_path / "merged"), dtype="fp32")
+        )
         probe = files.manifest.probes[0]
         delta = probe_logits(merged, probe.input_ids, 1) - probe_logits(live.model, probe.input_ids, 1)
         assert float(delta.abs().max()) <= 1e-4
+
+
+@pytest.mark.parametrize(("architecture", "quantization"), IN_BF16, ids=["-".join(case) for case in IN_BF16])
+def test_what_a_bf16_device_does(tmp_path, tiny_bases, architecture, quantization):
+    base = {"quantization": quantization, "dtype": "bf16"}
+    folder, report = _train(tmp_path / "a", tiny_bases(architecture), base=base, train={"max_steps": 8})
+    files = open_adapter(folder)
+    assert files.manifest.base.dtype == "bf16"
+    assert {info.dtype for info in files.tensors.values()} == {"F32" if quantization == "none" else "BF16"}
+    assert report["training"]["last_loss"] < report["training"]["first_loss"]
+    assert replay_probes(open_live(files, _ignore).model, files.manifest.probes).verdict == "equal"
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -98,6 +112,7 @@ def test_the_base_is_held_as_asked(tiny_bases, quantization, layer):
     assert type(model.model.layers[0].self_attn.q_proj).__name__ == layer
     assert is_quantized(model) == (quantization != "none")
     if quantization == "nf4":
+        assert not any(getattr(module, "support_avx512bf16_for_cpu", False) for module in model.modules())
         state = model.model.layers[0].self_attn.q_proj.weight.quant_state
         assert (state.quant_type, state.nested) == ("nf4", True)
 

@@ -128,3 +128,28 @@ def test_broken_safetensors_headers_are_our_error(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(LoraTuneError):
         read_header(path)
+
+
+def _hub_cache(root, base, commit="a" * 40):
+    """Lay a tiny base out as huggingface_hub's cache does."""
+    repo = root / "models--owner--tiny"
+    shutil.copytree(base, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    return repo / "snapshots" / commit
+
+
+def test_a_hub_id_is_taken_from_the_standard_cache_with_its_commit(tmp_path, base, monkeypatch):
+    import huggingface_hub.constants
+
+    from lora_tune.model.dense import ready_base
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    snapshot = _hub_cache(tmp_path / "hub", base)
+    files = ready_base(BaseSection(name="owner/tiny"), _quiet)
+    assert (files.folder, files.revision) == (snapshot, "a" * 40)
+    assert ready_base(BaseSection(name="owner/tiny", revision="a" * 40), _quiet).folder == snapshot
+    with pytest.raises(UnreachableError):
+        ready_base(BaseSection(name="owner/tiny", revision="b" * 40), _quiet)
+    (snapshot / "model.safetensors").unlink()
+    assert not locate(BaseSection(name="owner/tiny")).present
