@@ -10,9 +10,9 @@ from lora_tune import __version__
 from lora_tune.cli import render
 from lora_tune.errors import LoraTuneError, UsageError
 
-_EXAMPLE = """Fine-tune a chat model with LoRA or QLoRA from one recipe.
+_EXAMPLE = """Example: lora-tune recipes cp quickstart my.yaml && lora-tune train my.yaml && lora-tune chat home-assistant
 
-Example: lora-tune recipes cp quickstart my.yaml && lora-tune train my.yaml && lora-tune chat home-assistant
+Fine-tune a chat model with LoRA or QLoRA from one recipe.
 """
 app = typer.Typer(
     help=_EXAMPLE, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
@@ -25,14 +25,19 @@ app.add_typer(recipes_app, name="recipes")
 app.add_typer(adapters_app, name="adapters")
 
 
-@app.callback(help=_EXAMPLE)
-def root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
-) -> None:
-    """Print the version, if that is all that is asked for."""
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         print(f"lora_tune {__version__}")
         raise typer.Exit
+
+
+@app.callback(help=_EXAMPLE)
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Take the options that stand before a verb."""
 
 
 Recipe = Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)]
@@ -233,6 +238,9 @@ def run(arguments: list[str]) -> int:
     except Exception as err:
         if debug:
             raise
+        if type(err).__name__ == "NoArgsIsHelpError":
+            print(err.ctx.get_help(), file=sys.stderr)  # type: ignore[attr-defined]
+            return UsageError.exit_code
         return render.error(_translate(err), as_json=as_json)
 
 

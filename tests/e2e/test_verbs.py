@@ -324,3 +324,20 @@ def test_a_pipe_gets_no_escape_bytes(trained, tmp_path):
     done = subprocess.run(command, capture_output=True, check=True)
     assert b"\x1b" not in done.stdout + done.stderr
     assert b"Warning" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["recipes"], ["adapters"]])
+def test_a_verb_without_its_verb_shows_its_help(arguments, capsys):
+    assert run(arguments) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("Usage: lora-tune")
+    assert said.out == ""
+
+
+def test_help_begins_with_an_example_and_version_is_told(capsys):
+    from lora_tune import __version__
+
+    assert run(["--help"]) == 0
+    assert capsys.readouterr().out.splitlines()[2].strip().startswith("Example: ")
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"lora_tune {__version__}\n"
