@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lora_tune.errors import CannotCreateError, CannotWriteError, LoraTuneError
@@ -23,7 +23,7 @@ def staged_folder(final: Path) -> Iterator[Path]:
         final.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
     except OSError as err:
-        raise _translated(err, final) from err
+        raise translated(err, final) from err
     try:
         try:
             yield stage
@@ -35,7 +35,7 @@ def staged_folder(final: Path) -> Iterator[Path]:
             stage.rename(final)
             _sync_folder(final.parent)
         except OSError as err:
-            raise _translated(err, final) from err
+            raise translated(err, final) from err
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
@@ -44,6 +44,7 @@ def write_file(path: Path, text: str) -> None:
     """Write `text` to `path` in one step; a reader sees the old file or the new one, never a part.
 
     Raises:
+        CannotCreateError: its folder is not there or cannot be written (exit 73).
         CannotWriteError: the disk is full or failing (exit 74).
     """
     stage = path.with_name(f".{path.name}-{os.getpid()}")
@@ -54,8 +55,9 @@ def write_file(path: Path, text: str) -> None:
             os.fsync(stream.fileno())
         stage.replace(path)
     except OSError as err:
-        stage.unlink(missing_ok=True)
-        raise _translated(err, path) from err
+        with suppress(OSError):
+            stage.unlink(missing_ok=True)
+        raise translated(err, path) from err
 
 
 def _sync(folder: Path) -> None:
@@ -74,7 +76,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _translated(err: OSError, final: Path) -> LoraTuneError:
+def translated(err: OSError, final: Path) -> LoraTuneError:
+    """Return what an operating system's error at `final` is in our words: not to be created (73), or not written (74)."""
     if err.errno in (errno.EEXIST, errno.ENOTEMPTY):
         return CannotCreateError(
             f"{final} exists already and is never overwritten", hint="give another name, or move it away"

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from lora_tune.adapter.door import AdapterFiles, AdapterShape
-from lora_tune.errors import AdapterMismatchError, RecipeError
+from lora_tune.adapter.door import WEIGHTS, AdapterFiles, read_weights
+from lora_tune.errors import AdapterError, AdapterMismatchError, RecipeError
 from lora_tune.model.load import Dtype, torch_dtype
 from lora_tune.recipe.schema import LoraSection
 
@@ -35,29 +35,35 @@ def attach_adapter(model: Any, files: AdapterFiles, *, name: str, adapter_dtype:
         adapter_dtype: what the weights are held in.
 
     Raises:
-        AdapterMismatchError: the weights do not cover exactly the layers that the targets name in this base.
+        AdapterMismatchError: the weights were changed since they were checked, or do not cover exactly the layers that
+            the targets name in this base, in their widths.
     """
     import peft
-    from safetensors.torch import load_file
 
-    shape: AdapterShape = files.shape
+    state = _read_state(files)
+    shape = files.shape
     settings = _peft_settings(_plain(model), shape.rank, shape.alpha, shape.variant, list(shape.targets), dropout=0.0)
-    if isinstance(model, peft.PeftModel):
-        model.add_adapter(name, settings)
-        live = model
-    else:
-        live = peft.PeftModel(model, settings, adapter_name=name)
-    state = load_file(files.folder / "adapter_model.safetensors")
-    result = peft.set_peft_model_state_dict(live, state, adapter_name=name)
+    carries = isinstance(model, peft.PeftModel)
+    try:
+        if carries:
+            model.add_adapter(name, settings)
+        live = model if carries else peft.PeftModel(model, settings, adapter_name=name)
+    except ValueError as err:  # a target that names no layer, or one that LoRA cannot be put on
+        if carries and name in model.peft_config:
+            model.delete_adapter(name)
+        raise _other_layers(str(err).splitlines()[0][:200]) from err
+    try:
+        result = peft.set_peft_model_state_dict(live, state, adapter_name=name)
+    except RuntimeError as err:
+        live.delete_adapter(name)
+        if "size mismatch" not in str(err):
+            raise
+        raise _other_layers(next(line.strip() for line in str(err).splitlines() if "size mismatch" in line)) from err
     missing = [key for key in result.missing_keys if f".{name}" in key and "lora_" in key]
     if missing or result.unexpected_keys:
         live.delete_adapter(name)
         example = (missing or result.unexpected_keys)[0]
-        raise AdapterMismatchError(
-            f"the adapter covers other layers than its targets name in this base: {example} "
-            f"{'has no weights' if missing else 'has no layer'}",
-            hint="load it on the base it was trained on",
-        )
+        raise _other_layers(f"{example} {'has no weights' if missing else 'has no layer'}")
     live.set_adapter(name)
     _cast_adapter(live, name, adapter_dtype)
     for parameter in live.parameters():
@@ -94,6 +100,27 @@ def resolve_targets(model: Any, targets: str | tuple[str, ...]) -> list[str]:
 def trained_weights(model: Any) -> dict[str, Any]:
     """Return name → weight of everything that is trained."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _read_state(files: AdapterFiles) -> dict[str, Any]:
+    """Return name → tensor, of the very bytes that the door checked."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        state: dict[str, Any] = load(read_weights(files))
+    except SafetensorError as err:
+        raise AdapterError(
+            f"{files.folder / WEIGHTS} is not a safetensors file: {str(err)[:200]}", hint="fetch or export it again"
+        ) from err
+    return state
+
+
+def _other_layers(detail: str) -> AdapterMismatchError:
+    return AdapterMismatchError(
+        f"the adapter covers other layers than its targets name in this base: {detail}",
+        hint="load it on the base it was trained on",
+    )
 
 
 def _is_linear(module: Any) -> bool:

@@ -27,14 +27,21 @@ lora-tune chat THIS_FOLDER
 ```
 
 ```python
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("THIS_FOLDER"){note}
+{snippet}
 ```
 
 `lora_tune.json` beside this file is the adapter's passport: digests of base, tokenizer, template, recipe and data,
 library versions, and golden probes.
 """
+
+_FROM_HUB = """from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("THIS_FOLDER")"""
+# PEFT fetches a base from a hub only; any other is given to it.
+_FROM_FOLDER = """from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("FOLDER OF THE BASE"), "THIS_FOLDER")"""
 
 
 def model_card(manifest: AdapterManifest) -> str:
@@ -42,7 +49,6 @@ def model_card(manifest: AdapterManifest) -> str:
     figures = "".join(
         f"| {name.replace('_', ' ')} | {value:.4g} |\n" for name, value in sorted(manifest.figures.items())
     )
-    local = "/" not in manifest.base.name
     return _CARD.format(
         name=manifest.name,
         base=manifest.base.name,
@@ -60,5 +66,5 @@ def model_card(manifest: AdapterManifest) -> str:
         trained=manifest.data.trained_tokens,
         train_on=manifest.data.train_on,
         figures=figures,
-        note=f"  # {manifest.base.name} is local: give its folder" if local else "",
+        snippet=_FROM_HUB if manifest.base.revision else _FROM_FOLDER,
     )

@@ -8,9 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lora_tune.adapter.apply import attach_adapter
+from lora_tune.adapter.apply import attach_adapter, trained_weights
 from lora_tune.adapter.card import model_card
 from lora_tune.adapter.door import CONFIG, WEIGHTS, AdapterFiles, open_adapter
+from lora_tune.adapter.live import check_belongs
 from lora_tune.adapter.manifest import (
     FILE_NAME,
     AdapterManifest,
@@ -33,7 +34,7 @@ from lora_tune.model.fingerprint import (
 )
 from lora_tune.model.load import Dtype
 from lora_tune.recipe.schema import BaseSection, LoraSection
-from lora_tune.staging import staged_folder
+from lora_tune.staging import staged_folder, write_file
 
 LIBRARIES = (
     "torch",
@@ -78,12 +79,25 @@ def export_adapter(model: Any, tokenizer: Any, folder: Path, origin: Provenance)
     """
     with staged_folder(folder) as stage:
         model.eval()
+        _refuse_non_finite(model)
         _write_peft_files(model, stage, base_name=_public_name(origin.base, origin.base_files))
         probes = record_probes(model, tokenizer)
         manifest = _manifest(model, tokenizer, stage, origin, probes)
         (stage / FILE_NAME).write_text(dump_manifest(manifest), encoding="utf-8")
         (stage / "README.md").write_text(model_card(manifest), encoding="utf-8")
+        # What could never be opened again is not exported.
+        check_belongs(open_adapter(stage), origin.base_files)
         prove_reload(model, open_adapter(stage), probes, adapter_dtype=origin.adapter_dtype)
+    return open_adapter(folder)
+
+
+def add_figures(folder: Path, figures: Mapping[str, float]) -> AdapterFiles:
+    """Write what was measured after the export into passport and card, each in one step; weights and config stay."""
+    files = open_adapter(folder)
+    assert files.manifest is not None
+    manifest = files.manifest.model_copy(update={"figures": dict(files.manifest.figures) | dict(figures)})
+    write_file(folder / FILE_NAME, dump_manifest(manifest))
+    write_file(folder / "README.md", model_card(manifest))
     return open_adapter(folder)
 
 
@@ -117,6 +131,16 @@ def library_versions() -> dict[str, str]:
     return {"python": platform.python_version(), "lora_tune": version("lora-tune")} | {
         name: version(name) for name in LIBRARIES
     }
+
+
+def _refuse_non_finite(model: Any) -> None:
+    import torch
+
+    for name, weight in trained_weights(model).items():
+        if not bool(torch.isfinite(weight).all()):
+            raise TrainingError(
+                f"{name} holds NaN or infinity after training; nothing was exported", hint="lower train.learning_rate"
+            )
 
 
 def _write_peft_files(model: Any, stage: Path, *, base_name: str) -> None:

@@ -1,26 +1,44 @@
 """The passport: `lora_tune.json` beside PEFT's files, saying what the adapter was trained on and how it behaves."""
 
 import json
-from typing import Annotated, Any, Literal
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lora_tune.errors import AdapterError
 
 FILE_NAME = "lora_tune.json"
+MAX_TEMPLATE_CHARS = 64 * 1024
+MAX_PROBES = 16
+MAX_PROBE_TOKENS = 4096
+MAX_TOP_TOKENS = 64
+# Control characters, line separators, turned text and halves of characters: a terminal may obey them.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_FREE_TEXT = {"tokenizer": {"own_template"}, "data": {"system_message"}}
+"""Words for the model, of several lines; they are never shown as they are."""
+
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+_Name = Annotated[str, Field(min_length=1, max_length=512)]
+_TokenId = Annotated[int, Field(ge=0, le=2**31)]
+_TopIds = Annotated[tuple[_TokenId, ...], Field(min_length=1, max_length=MAX_TOP_TOKENS)]
+_TopLogprobs = Annotated[tuple[float, ...], Field(min_length=1, max_length=MAX_TOP_TOKENS)]
 
 
 class _Facts(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class BaseFacts(_Facts):
     """The base that the adapter was trained on."""
 
-    name: str
+    name: _Name
     """Hub id, `builtin:…`, or the name of the local folder or file."""
-    revision: str | None
+    revision: _Commit | None
     """The hub's commit."""
     quantization: Literal["none", "nf4", "int8"]
     """How the base was held in memory while training."""
@@ -41,7 +59,7 @@ class TokenizerFacts(_Facts):
     """sha256 of vocabulary and rules."""
     chat_template: _Digest
     """sha256 of the chat template's text."""
-    own_template: str | None
+    own_template: Annotated[str, Field(max_length=MAX_TEMPLATE_CHARS)] | None
     """The template's text when it is not the base's own."""
 
 
@@ -78,16 +96,28 @@ class Probe(_Facts):
 
     prompt: str
     """The user's words; probes are the tool's own and hold no training data."""
-    input_ids: tuple[int, ...]
+    input_ids: Annotated[tuple[_TokenId, ...], Field(min_length=2, max_length=MAX_PROBE_TOKENS)]
     """Prompt and the trained model's greedy answer, [T]."""
-    answer_start: int
+    answer_start: Annotated[int, Field(ge=1)]
     """Index in `input_ids` where the answer begins."""
-    top_ids: tuple[tuple[int, ...], ...]
+    top_ids: tuple[_TopIds, ...]
     """For each answer position, the likeliest token ids, [A][K]."""
-    top_logprobs: tuple[tuple[float, ...], ...]
+    top_logprobs: tuple[_TopLogprobs, ...]
     """Their log-probabilities, [A][K]."""
-    base_logprobs: tuple[tuple[float, ...], ...]
+    base_logprobs: tuple[_TopLogprobs, ...]
     """What the base without the adapter gives the same tokens, [A][K]: the adapter's effect shows as a difference."""
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> Self:
+        if self.answer_start > len(self.input_ids):
+            raise ValueError(f"answer_start is past the {len(self.input_ids)} tokens")
+        positions = max(1, len(self.input_ids) - self.answer_start)
+        width = len(self.top_ids[0]) if self.top_ids else 0
+        for field in ("top_ids", "top_logprobs", "base_logprobs"):
+            rows = getattr(self, field)
+            if len(rows) != positions or any(len(row) != width for row in rows):
+                raise ValueError(f"{field} must hold {positions} rows, all as wide as the first of top_ids")
+        return self
 
 
 class AdapterManifest(_Facts):
@@ -95,13 +125,13 @@ class AdapterManifest(_Facts):
 
     format: Literal[1] = 1
     """Version of this file's format."""
-    name: str
+    name: _Name
     base: BaseFacts
     tokenizer: TokenizerFacts
     lora: LoraFacts
     data: DataFacts
     recipe: dict[str, Any]
-    """The resolved recipe, folders of the machine left out."""
+    """The resolved recipe, folders of the machine left out; the door checks it."""
     recipe_digest: _Digest
     weights_digest: _Digest
     """sha256 of `adapter_model.safetensors`."""
@@ -111,7 +141,7 @@ class AdapterManifest(_Facts):
     """Of Python and of the libraries that trained it."""
     figures: dict[str, float]
     """What training measured."""
-    probes: tuple[Probe, ...]
+    probes: Annotated[tuple[Probe, ...], Field(min_length=1, max_length=MAX_PROBES)]
 
 
 def read_manifest(text: str, *, where: str) -> AdapterManifest:
@@ -121,15 +151,45 @@ def read_manifest(text: str, *, where: str) -> AdapterManifest:
         AdapterError: it is not a passport (exit 77).
     """
     try:
-        return AdapterManifest.model_validate_json(text)
+        manifest = AdapterManifest.model_validate_json(text)
     except ValidationError as err:
-        first = err.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"]))
         raise AdapterError(
-            f"{where}: {field}: {first['msg']}", hint="the passport was changed or is of another version", where=where
+            f"{where}: {first_problem(err)}", hint="the passport was changed or is of another version", where=where
         ) from err
+    shown = manifest.model_dump(mode="json", exclude=_FREE_TEXT)
+    bad = next((words for words in _strings(shown) if has_control(words)), None)
+    if bad is not None:
+        raise AdapterError(
+            f"{where}: {bad[:60]!a} holds control characters", hint="do not use this adapter", where=where
+        )
+    return manifest
+
+
+def first_problem(err: ValidationError) -> str:
+    """Return `field: what is wrong` of the first problem, with nothing in it that a terminal obeys."""
+    first = err.errors(include_url=False, include_input=False)[0]
+    field = ".".join(map(str, first["loc"]))
+    return f"{ascii(field[:120])[1:-1]}: {first['msg'][:200]}" if field else first["msg"][:200]
+
+
+def has_control(text: str) -> bool:
+    """Return whether a terminal would do anything else than show this text on its line."""
+    return _CONTROL.search(text) is not None
 
 
 def dump_manifest(manifest: AdapterManifest) -> str:
     """Return the passport as canonical JSON: sorted keys, no times."""
     return json.dumps(manifest.model_dump(mode="json"), sort_keys=True, indent=1, allow_nan=False) + "\n"
+
+
+def _strings(value: object) -> Iterator[str]:
+    """Every string in plain data, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield str(key)
+            yield from _strings(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner)

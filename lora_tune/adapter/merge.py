@@ -64,14 +64,15 @@ def merge_adapter(
         raise CannotCreateError(f"{out} exists already and is never overwritten", hint="give another folder")
     live = open_live(adapter, progress, base_name=base_name, quantization="none")
     progress("merging", 0.3)
-    probes = adapter.manifest.probes if adapter.manifest else record_probes(live.model, live.tokenizer)
-    before = [probe_logits(live.model, probe.input_ids, 1) for probe in probes]
-    dtype = place(detect_device(), live.base).dtype
+    tokenizer, model, dtype = live.tokenizer, live.model, place(detect_device(), live.base).dtype
+    del live
+    probes = record_probes(model, tokenizer)
+    before = [probe_logits(model, probe.input_ids, 1) for probe in probes]
     with staged_folder(out) as stage, quiet():
-        merged = live.model.merge_and_unload()
+        merged = model.merge_and_unload()
         merged.save_pretrained(stage)
-        live.tokenizer.save_pretrained(stage)
-        del merged
+        tokenizer.save_pretrained(stage)
+        del merged, model
         progress("loading the merged model back", 0.7)
         again = load_base(BaseFiles(out.name, None, stage), BaseSection(name=str(stage), dtype=dtype))
         receipt = _receipt(adapter, again, probes, before, onto=onto, dtype=dtype)

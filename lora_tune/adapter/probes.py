@@ -8,7 +8,7 @@ from typing import Any, Literal
 from lora_tune.adapter.manifest import Probe
 from lora_tune.data.messages import Message
 from lora_tune.data.tokens import prompt_ids
-from lora_tune.model.generate import generate_answers
+from lora_tune.model.generate import generate_answers, stop_ids
 
 PROMPTS = (
     "What is the capital of France?",
@@ -53,9 +53,9 @@ def record_probes(model: Any, tokenizer: Any) -> tuple[Probe, ...]:
     probes = []
     for words in PROMPTS:
         prompt = prompt_ids(tokenizer, [Message("user", words)])
-        answer = generate_answers(model, tokenizer, [prompt], max_tokens=ANSWER_TOKENS, ends=[tokenizer.eos_token_id])[
-            0
-        ]
+        answer = generate_answers(
+            model, tokenizer, [prompt], max_tokens=ANSWER_TOKENS, ends=stop_ids(model, tokenizer)
+        )[0]
         ids = [*prompt, *answer]
         logprobs = answer_logprobs(model, ids, len(prompt))
         top = logprobs.topk(min(TOP_K, logprobs.shape[-1]), dim=-1)

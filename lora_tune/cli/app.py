@@ -1,6 +1,7 @@
 """The command line: each command reads, calls and renders; heavy imports stand inside, so that --help answers at once."""
 
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ from lora_tune import __version__
 from lora_tune.cli import render
 from lora_tune.errors import LoraTuneError, UsageError
 
+INTERRUPTED = 130
 _EXAMPLE = """Example: lora-tune recipes cp quickstart my.yaml && lora-tune train my.yaml && lora-tune chat home-assistant
 
 Fine-tune a chat model with LoRA or QLoRA from one recipe.
@@ -155,9 +157,9 @@ def schema(as_json: Json = False, debug: Debug = False) -> None:
 @recipes_app.command("ls")
 def recipes_ls(as_json: Json = False, debug: Debug = False) -> None:
     """List the recipes and what each is for."""
-    from lora_tune.cli import verbs
+    from lora_tune.recipe import shipped
 
-    render.recipes(verbs.list_recipes(), as_json=as_json)
+    render.recipes(shipped.list_recipes(), as_json=as_json)
 
 
 @recipes_app.command("show")
@@ -165,19 +167,19 @@ def recipes_show(
     name: Annotated[str, typer.Argument(show_default=False)], as_json: Json = False, debug: Debug = False
 ) -> None:
     """Print one recipe."""
-    from lora_tune.cli import verbs
+    from lora_tune.recipe import shipped
 
-    render.text(verbs.read_recipe(name), key="recipe", as_json=as_json)
+    render.text(shipped.read_recipe(name), key="recipe", as_json=as_json)
 
 
 @recipes_app.command("cp")
 def recipes_cp(name: Annotated[str, typer.Argument(show_default=False)], file: Annotated[Path, typer.Argument(show_default=False)],
                as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
     """Copy one recipe, and its demo data if it has any, to start your own from."""
-    from lora_tune.cli import verbs
+    from lora_tune.recipe import shipped
 
     render.result(
-        {"copied": [str(path) for path in verbs.copy_recipe(name, file)]},
+        {"copied": [str(path) for path in shipped.copy_recipe(name, file)]},
         as_json=as_json,
         title=f"next: lora-tune check {file}",
     )
@@ -223,25 +225,29 @@ def run(arguments: list[str]) -> int:
     command: Any = typer.main.get_command(app)
     try:
         code = command.main(arguments, prog_name="lora-tune", standalone_mode=False)
-        return int(code) if isinstance(code, int) else 0
-    except LoraTuneError as err:
-        if debug:
-            raise
-        return render.error(err, as_json=as_json)
+        # Typer answers Ctrl-C with this code by itself.
+        return _interrupted(as_json=as_json) if code == INTERRUPTED else int(code) if isinstance(code, int) else 0
     except KeyboardInterrupt:
-        render.note("interrupted; nothing was exported")
-        return 130
+        return _interrupted(as_json=as_json)
     except BrokenPipeError:
         # The reader of our output went away (`| head`): that is no error, but Python would print one at exit.
         sys.stdout = None
         return 0
-    except Exception as err:
-        if debug:
-            raise
+    except Exception as err:  # noqa: BLE001 - the door of the command line
         if type(err).__name__ == "NoArgsIsHelpError":
             print(err.ctx.get_help(), file=sys.stderr)  # type: ignore[attr-defined]
             return UsageError.exit_code
-        return render.error(_translate(err), as_json=as_json)
+        if debug:
+            traceback.print_exc()
+        return render.error(err if isinstance(err, LoraTuneError) else _translate(err), as_json=as_json)
+
+
+def _interrupted(*, as_json: bool) -> int:
+    if as_json:
+        render.json_object({"error": {"code": "interrupted", "message": "interrupted", "hint": "", "where": ""}})
+    else:
+        render.note("\ninterrupted; what was exported before stands in the run's folder, nothing else is kept")
+    return INTERRUPTED
 
 
 def _translate(err: Exception) -> LoraTuneError:

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, Self
 
@@ -23,8 +22,8 @@ class Talker(Protocol):
 
 
 def json_object(value: Any) -> None:
-    """Print one JSON object; numbers that are not finite become null, so that every reader can read it."""
-    print(json.dumps(_plain(value), ensure_ascii=False, allow_nan=False))
+    """Print one JSON object, in ASCII; numbers that are not finite become null, so that every reader can read it."""
+    print(json.dumps(_plain(value), allow_nan=False))
 
 
 def note(message: str) -> None:
@@ -103,8 +102,9 @@ def evaluation(found: Mapping[str, Any], *, as_json: bool) -> None:
     """Print base beside adapter, and some answers."""
     if as_json:
         json_object(found)
-    else:
-        _print_evaluation(found)
+        return
+    print(f"{found['data']}: {_counts(found['counts'])}")
+    _print_evaluation(found)
 
 
 def recipes(rows: Sequence[Mapping[str, str]], *, as_json: bool) -> None:
@@ -177,41 +177,48 @@ def _ask(asking: bool) -> str | None:
 
 
 class Progress:
-    """Says on stderr what takes long: one line that is redrawn on a terminal, plain lines in a pipe."""
+    """Says on stderr what takes long: a bar on a terminal, plain lines in a pipe."""
 
     def __init__(self) -> None:
-        self._drawing = sys.stderr.isatty()
+        self._bars: Any = None
+        self._task: Any = None
         self._label = ""
-        self._drawn = 0.0
 
     def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+            from rich.progress import Progress as Bars
+
+            words = TextColumn("{task.description}", markup=False)
+            self._bars = Bars(BarColumn(20), TaskProgressColumn(), words, console=Console(stderr=True), transient=True)
+            self._task = self._bars.add_task("", total=1.0)
+            self._bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.clear()
+        if self._bars is not None:
+            self._bars.stop()
 
     def __call__(self, label: str, share: float) -> None:
         """Take note that `share` (0 to 1) of `label` is done."""
-        if not self._drawing:
-            if label != self._label:
-                note(f"{label} …")
-            self._label = label
-            return
-        now = time.monotonic()
-        if label != self._label or share >= 1.0 or now - self._drawn > 0.1:
-            filled = int(20 * min(1.0, max(0.0, share)))
-            self.line(f"{'█' * filled}{'·' * (20 - filled)} {share:4.0%}  {label}")
-            self._label, self._drawn = label, now
+        if self._bars is not None:
+            self._bars.update(self._task, description=label, completed=share)
+        elif label != self._label:
+            note(f"{label} …")
+        self._label = label
 
-    def line(self, message: str) -> None:
-        """Draw one line over the last one."""
-        width = max(20, _columns() - 1)
-        print(f"\r\x1b[K{message[:width]}", end="", file=sys.stderr, flush=True)
+    @property
+    def drawing(self) -> bool:
+        """True on a terminal."""
+        return self._bars is not None
 
-    def clear(self) -> None:
-        """Wipe the drawn line."""
-        if self._drawing:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    def note(self, message: str) -> None:
+        """Say one line that stays."""
+        if self._bars is not None:
+            self._bars.console.print(message, markup=False, highlight=False, soft_wrap=True)
+        else:
+            note(message)
 
 
 class TrainView:
@@ -222,10 +229,11 @@ class TrainView:
         self._progress = Progress()
 
     def __enter__(self) -> Self:
+        self._progress.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._progress.clear()
+    def __exit__(self, *exception: object) -> None:
+        self._progress.__exit__(*exception)
 
     def notify(self, event: Mapping[str, Any]) -> None:
         """Show one event."""
@@ -238,9 +246,8 @@ class TrainView:
         elif kind == "step":
             self._step(event)
         else:
-            self._progress.clear()
             for line in _event_lines(event):
-                note(line)
+                self._progress.note(line)
 
     def finish(self, report: Mapping[str, Any]) -> None:
         """Show the report."""
@@ -259,8 +266,8 @@ class TrainView:
             f"step {event['step']}/{event['steps']}  loss {event['loss']:.4f}  {event['tokens_per_second']:.0f} tokens/s  "
             f"{event['peak_memory_gib']:.2f} GiB  {_duration(event['eta_seconds'])} left"
         )
-        if sys.stderr.isatty():
-            self._progress.line(line)
+        if self._progress.drawing:
+            self._progress(line, event["step"] / event["steps"])
         elif event["step"] == 1 or event["step"] % max(1, event["steps"] // 20) == 0 or event["step"] == event["steps"]:
             note(line)
 
@@ -275,6 +282,8 @@ def _event_lines(event: Mapping[str, Any]) -> list[str]:
         return [
             f"model: {event['trainable']:,} trained numbers, computed in {event['dtype']} on {event['device']}{held}"
         ]
+    if event["event"] == "exported":
+        return [f"exported to {event['adapter']}, loaded back and equal"]
     if event["event"] == "held_out":
         return [f"step {event['step']}: held-out loss {event['held_out_loss']:.4f}"]
     return [json.dumps(_plain(event))]
@@ -301,10 +310,9 @@ def _print_evaluation(found: Mapping[str, Any]) -> None:
     for name, form in (("loss", ".4f"), ("perplexity", ".3f"), ("token_accuracy", ".1%"), ("exact_match", ".1%")):
         values = [found[who][name] for who in columns]
         if any(value is not None for value in values):
-            print(
-                f"{name.replace('_', ' '):<16}"
-                + "".join(f"{format(value, form) if value is not None else '–':>10}" for value in values)
-            )
+            shown = [format(value, form) if value is not None else "–" for value in values]
+            rows = f"  of {found['adapter']['n_answers']} rows" if name == "exact_match" else ""
+            print(f"{name.replace('_', ' '):<16}" + "".join(f"{value:>10}" for value in shown) + rows)
     for answer in found["answers"][:3]:
         print(f"  asked    {_one_line(answer['prompt'])}\n  expected {_one_line(answer['expected'])}")
         for who in columns:
@@ -353,13 +361,6 @@ def _one_line(answer: str, limit: int = 110) -> str:
 def _duration(seconds: float) -> str:
     whole = round(seconds)
     return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{seconds:.0f} s"
-
-
-def _columns() -> int:
-    try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns
-    except (OSError, ValueError):
-        return 80
 
 
 def _plain(value: Any) -> Any:

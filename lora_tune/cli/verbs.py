@@ -1,7 +1,5 @@
 """What each verb does, between the command line and the package: open, call, and give plain values back to render."""
 
-import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +9,9 @@ from lora_tune.adapter import registry as shelf
 from lora_tune.adapter.door import AdapterFiles, open_adapter
 from lora_tune.data.lint import check_rows
 from lora_tune.data.messages import Conversation
-from lora_tune.errors import AdapterMismatchError, CannotCreateError, LoraTuneError, MissingInputError, UsageError
+from lora_tune.errors import AdapterMismatchError, LoraTuneError, UsageError
 from lora_tune.model.resolve import locate
-from lora_tune.recipe.loader import LoadedRecipe, dump_recipe, load_recipe
+from lora_tune.recipe.loader import dump_recipe, load_recipe
 from lora_tune.recipe.schema import BaseSection, DataSection, Recipe
 
 Progress = Callable[[str, float], None]
@@ -35,7 +33,7 @@ def check(path: Path, overrides: Sequence[str], *, tokens: bool) -> dict[str, An
     if tokens:
         from lora_tune.training.prepare import prepare
 
-        ready = prepare(recipe, lambda event: None)
+        ready = prepare(recipe.base, recipe.data, recipe.lora.targets, lambda event: None, seed=recipe.train.seed)
         found["tokens"] = ready.splits.counts()
     return found
 
@@ -44,8 +42,8 @@ def preview(path: Path, overrides: Sequence[str], *, rows: int) -> dict[str, Any
     """Return the tokens of the first rows, each with whether it is trained, and the counts of every set."""
     from lora_tune.training.prepare import prepare
 
-    loaded = load_recipe(path, overrides)
-    ready = prepare(loaded.recipe, lambda event: None)
+    recipe = load_recipe(path, overrides).recipe
+    ready = prepare(recipe.base, recipe.data, recipe.lora.targets, lambda event: None, seed=recipe.train.seed)
     shown = [
         {
             "where": row.where,
@@ -56,7 +54,7 @@ def preview(path: Path, overrides: Sequence[str], *, rows: int) -> dict[str, Any
         }
         for row in ready.splits.train.rows[:rows]
     ]
-    return {"rows": shown, "counts": ready.splits.counts(), "train_on": loaded.recipe.data.train_on}
+    return {"rows": shown, "counts": ready.splits.counts(), "train_on": recipe.data.train_on}
 
 
 def train(
@@ -70,28 +68,33 @@ def train(
 ) -> dict[str, Any]:
     """Train and return the report; a dry run returns the resolved recipe and the counts, and writes nothing."""
     loaded = load_recipe(path, overrides)
+    recipe = loaded.recipe
+    # Rows and places first: a mistake in them costs no download and leaves nothing behind.
+    check_rows(recipe.data, seed=recipe.train.seed)
+    locate(recipe.base)
     if dry_run:
-        return _dry_run(loaded, notify)
-    # Rows are read before a folder is made: a mistake in them leaves nothing behind.
-    check_rows(loaded.recipe.data, seed=loaded.recipe.train.seed)
-    locate(loaded.recipe.base)
+        return _dry_run(recipe, notify)
+    root = _root(registry)
+    shelf.ensure_writable(root)
     from lora_tune.evaluation.evaluate import evaluate as measure
     from lora_tune.run_dir import create_run_dir
+    from lora_tune.training.prepare import prepare
     from lora_tune.training.run import train as run_training
 
-    run = create_run_dir(loaded.recipe.output.name, path=run_dir)
-    return run_training(loaded, run, notify, evaluate=measure, registry_root=_root(registry)).as_dict()
+    ready = prepare(recipe.base, recipe.data, recipe.lora.targets, notify, seed=recipe.train.seed)
+    run = create_run_dir(recipe.output.name, path=run_dir)
+    return run_training(loaded, ready, run, notify, evaluate=measure, registry_root=root).as_dict()
 
 
-def _dry_run(loaded: LoadedRecipe, notify: Callable[[Any], None]) -> dict[str, Any]:
+def _dry_run(recipe: Recipe, notify: Callable[[Any], None]) -> dict[str, Any]:
     from lora_tune.training.prepare import prepare
 
-    ready = prepare(loaded.recipe, notify)
+    ready = prepare(recipe.base, recipe.data, recipe.lora.targets, notify, seed=recipe.train.seed)
     return {
         "dry_run": True,
-        "recipe": dump_recipe(loaded.recipe),
+        "recipe": dump_recipe(recipe),
         "data": ready.splits.counts(),
-        "steps": _steps(loaded.recipe, len(ready.splits.train.rows)),
+        "steps": _steps(recipe, len(ready.splits.train.rows)),
     }
 
 
@@ -309,65 +312,6 @@ def verify(spec: str, *, base: str | None, registry: Path | None, progress: Prog
 def schema() -> dict[str, Any]:
     """Return the JSON Schema of a recipe."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
-
-
-def recipes_folder() -> Path:
-    """Return where the shipped recipes are."""
-    checkout = Path(__file__).resolve().parents[2] / "recipes"
-    return checkout if checkout.is_dir() else Path(sys.prefix) / "share" / "lora_tune" / "recipes"
-
-
-def list_recipes() -> list[dict[str, str]]:
-    """Return name and purpose (its header's first line) of each shipped recipe."""
-    folder = recipes_folder()
-    found = []
-    for path in sorted(folder.rglob("*.yaml")):
-        header = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        found.append({"name": path.relative_to(folder).with_suffix("").as_posix(), "for": header})
-    return found
-
-
-def read_recipe(name: str) -> str:
-    """Return a shipped recipe's text."""
-    return _recipe_path(name).read_text(encoding="utf-8")
-
-
-def copy_recipe(name: str, file: Path) -> list[Path]:
-    """Copy a shipped recipe, and the demo rows it names, without overwriting anything; return what was written."""
-    source = _recipe_path(name)
-    recipe = load_recipe(source).recipe
-    rows = [Path(path) for path in (recipe.data.path, recipe.data.eval_path) if path is not None]
-    pairs = [
-        (source, file),
-        *(
-            (row, file.parent / row.relative_to(source.parent.resolve()))
-            for row in rows
-            if row.is_relative_to(source.parent.resolve())
-        ),
-    ]
-    pairs = [(a, b) for a, b in pairs if not (b.exists() and b.read_bytes() == a.read_bytes())]
-    taken = [target for _, target in pairs if target.exists()]
-    if taken:
-        raise CannotCreateError(f"{taken[0]} exists already and is never overwritten", hint="give another name")
-    for origin, target in pairs:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(origin, target)
-    return [target for _, target in pairs]
-
-
-def _recipe_path(name: str) -> Path:
-    import difflib
-
-    known = [row["name"] for row in list_recipes()]
-    wanted = name.removesuffix(".yaml")
-    matches = [known_name for known_name in known if wanted in (known_name, known_name.rsplit("/", 1)[-1])]
-    if not matches:
-        close = difflib.get_close_matches(wanted, known, n=1)
-        raise MissingInputError(
-            f"no recipe {name!r}{f'; did you mean {close[0]}?' if close else ''}",
-            hint="`lora-tune recipes ls` lists them",
-        )
-    return recipes_folder() / f"{matches[0]}.yaml"
 
 
 def _open(spec: str, registry: Path | None) -> AdapterFiles:

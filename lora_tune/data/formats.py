@@ -1,5 +1,6 @@
 """Row formats → Conversation: chat messages, prompt-completion, Alpaca."""
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,15 @@ COLUMNS: dict[str, str] = {
     "alpaca": "instruction, input (may be empty), output",
 }
 """What each format's columns are, as errors and docs say it."""
+
+
+_USED = {
+    "chat": ("messages",),
+    "prompt-completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "input", "output", "system"),
+}
+_CHANGES_THE_MEANING = ("tools", "functions", "history", "images")
+"""Columns of other programs' formats without which the rest of the row would say something else."""
 
 
 class RowError(ValueError):
@@ -34,14 +44,32 @@ def to_conversation(row: Row, row_format: str) -> Conversation:
     """Return the row as a conversation.
 
     Raises:
-        RowError: the row lacks a column, has the wrong type, or breaks the order of roles.
+        RowError: the row lacks a column, has the wrong type, breaks the order of roles, or has a filled column
+            that would change its meaning and is not trained on.
     """
+    for name in _CHANGES_THE_MEANING:
+        if row.values.get(name) not in (None, "", [], {}):
+            raise RowError(
+                f"column {name!r} is filled, and format {row_format} has no place for it; "
+                "write what it says into the other columns, or take it out of the row"
+            )
     readers = {"chat": _chat, "prompt-completion": _prompt_completion, "alpaca": _alpaca}
     messages, completion_start = readers[row_format](row.values)
     reason = objection(messages)
     if reason is not None:
         raise RowError(reason)
     return Conversation(tuple(messages), completion_start, row.where)
+
+
+def unused_columns(row: Row, row_format: str) -> list[str]:
+    """Return the row's columns that its format does not read."""
+    return [name for name in row.values if name not in _USED[row_format]]
+
+
+def column_meant(name: str, row_format: str) -> str | None:
+    """Return the format's column that `name` looks like a misspelling of, or None."""
+    close = difflib.get_close_matches(name.lower(), _USED[row_format], n=1, cutoff=0.7)
+    return close[0] if close else None
 
 
 def _chat(values: Mapping[str, Any]) -> tuple[list[Message], int]:
@@ -57,8 +85,8 @@ def _prompt_completion(values: Mapping[str, Any]) -> tuple[list[Message], int]:
 
 def _alpaca(values: Mapping[str, Any]) -> tuple[list[Message], int]:
     asked = _text(_column(values, "instruction", "alpaca"), "instruction")
-    given = _text(values.get("input") or "", "input")
-    system = _text(values.get("system") or "", "system")
+    given = _text_or_nothing(values, "input")
+    system = _text_or_nothing(values, "system")
     answer = _text(_column(values, "output", "alpaca"), "output")
     prompt = [Message("system", system)] if system else []
     prompt.append(Message("user", f"{asked}\n{given}" if given else asked))
@@ -105,6 +133,10 @@ def _text(value: object, name: str) -> str:
     if not isinstance(value, str):
         raise RowError(f"{name} is a {_kind(value)}; expected text")
     return value
+
+
+def _text_or_nothing(values: Mapping[str, Any], name: str) -> str:
+    return "" if values.get(name) is None else _text(values[name], name)
 
 
 def _kind(value: object) -> str:

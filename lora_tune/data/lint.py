@@ -1,17 +1,19 @@
 """Row checks over the whole set, before anything heavy loads. Token checks are counted in tokens.py and dataset.py."""
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_tune.data.formats import COLUMNS, RowError, detect_format, to_conversation
+from lora_tune.data.formats import COLUMNS, RowError, column_meant, detect_format, to_conversation, unused_columns
 from lora_tune.data.messages import Conversation
 from lora_tune.data.rows import RowFile, read_rows
 from lora_tune.errors import DataError
 from lora_tune.recipe.schema import DataSection
 
 SHOWN_PROBLEMS = 20
+SHOWN_COLUMNS = 10
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class CheckedRows:
     """Rows to measure on; empty when the recipe holds out none."""
 
     warnings: tuple[str, ...]
-    """Things that work and may still surprise: duplicates, held-out rows that are also trained."""
+    """Things that work and may still surprise: columns not used, duplicates, held-out rows that are also trained."""
 
 
 def check_rows(section: DataSection, *, seed: int) -> CheckedRows:
@@ -57,9 +59,8 @@ def check_rows(section: DataSection, *, seed: int) -> CheckedRows:
     if problems:
         raise _rows_refused(problems)
     train, held_out = (sets[0], sets[1]) if len(sets) == 2 else _hold_out(sets[0], section.eval_split, seed=seed)
-    return CheckedRows(
-        row_format, section.format == "auto", tuple(train), tuple(held_out), tuple(_warnings(train, held_out))
-    )
+    warnings = (*_column_warnings(files, row_format), *_warnings(train, held_out))
+    return CheckedRows(row_format, section.format == "auto", tuple(train), tuple(held_out), warnings)
 
 
 def _detect(file: RowFile) -> str:
@@ -91,6 +92,19 @@ def _hold_out(
     chosen = set(random.Random(f"held-out {seed}").sample(range(len(rows)), count))  # noqa: S311 - a split, not a secret
     train = [row for i, row in enumerate(rows) if i not in chosen]
     return train, [row for i, row in enumerate(rows) if i in chosen]
+
+
+def _column_warnings(files: Sequence[RowFile], row_format: str) -> list[str]:
+    rows = [row for file in files for row in file.rows]
+    unused = Counter(name for row in rows for name in unused_columns(row, row_format))
+    warnings = []
+    for name, count in unused.most_common(SHOWN_COLUMNS):
+        meant = column_meant(name, row_format)
+        guess = f"; did you mean {meant!r}?" if meant else ""
+        warnings.append(f"column {name!r} is not used, in {count} of {len(rows)} rows{guess}")
+    if len(unused) > SHOWN_COLUMNS:
+        warnings.append(f"{len(unused) - SHOWN_COLUMNS} more columns are not used")
+    return warnings
 
 
 def _warnings(train: Sequence[Conversation], held_out: Sequence[Conversation]) -> list[str]:

@@ -10,6 +10,15 @@ from typing import Any
 from lora_tune.errors import DataError, MissingInputError
 
 SUFFIXES = (".jsonl", ".json", ".csv")
+MAX_CELL_CHARACTERS = 16 * 1024 * 1024
+_MAX_DIGITS = 4000
+
+
+@dataclass(frozen=True)
+class _Defect:
+    """Stands in a parsed row for what cannot be taken as it is."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -45,10 +54,9 @@ def read_rows(path: Path) -> RowFile:
         raise DataError(f"{path} ends in {path.suffix or 'nothing'}; known: {', '.join(SUFFIXES)}", where=str(path))
     try:
         content = path.read_bytes()
-    except OSError as err:
-        raise MissingInputError(
-            f"cannot read {path}: {err.strerror}", hint="correct data.path", where=str(path)
-        ) from err
+    except (OSError, ValueError) as err:  # ValueError: a NUL in the path
+        reason = err.strerror if isinstance(err, OSError) else err
+        raise MissingInputError(f"cannot read {path}: {reason}", hint="correct data.path", where=str(path)) from err
     found = RowFile(path)
     reader(content.removeprefix(b"\xef\xbb\xbf"), found)
     if not found.rows and not found.problems:
@@ -66,7 +74,7 @@ def _read_jsonl(content: bytes, found: RowFile) -> None:
 
 def _add_json(text: str, where: str, found: RowFile) -> None:
     try:
-        value = json.loads(text)
+        value = _parse(text)
     except json.JSONDecodeError as err:
         found.problems.append(f"{where}: not valid JSON at column {err.colno}: {err.msg}")
     except RecursionError:
@@ -75,11 +83,48 @@ def _add_json(text: str, where: str, found: RowFile) -> None:
         _add(value, where, found)
 
 
+def _parse(text: str) -> object:
+    """Return the JSON value; keys written twice and endless numbers become a _Defect, so that their row is known."""
+    return json.loads(text, object_pairs_hook=_object, parse_int=_whole_number)
+
+
+def _object(pairs: list[tuple[str, object]]) -> object:
+    values = dict(pairs)
+    if len(values) == len(pairs):
+        return values
+    keys = [key for key, _ in pairs]
+    return _Defect(f"key {next(key for key in keys if keys.count(key) > 1)!r} is written twice")
+
+
+def _whole_number(digits: str) -> object:
+    return int(digits) if len(digits) <= _MAX_DIGITS else _Defect(f"a number of {len(digits)} digits")
+
+
 def _add(value: object, where: str, found: RowFile) -> None:
-    if isinstance(value, dict):
+    try:
+        reason = _defect(value)
+    except RecursionError:
+        reason = "nested too deep"
+    if reason is not None:
+        found.problems.append(f"{where}: {reason}")
+    elif isinstance(value, dict):
         found.rows.append(Row(where, value))
     else:
         found.problems.append(f"{where}: found a {type(value).__name__}; a row is an object with named columns")
+
+
+def _defect(value: object) -> str | None:
+    """Return why the value cannot be part of a row, or None."""
+    if isinstance(value, _Defect):
+        return value.reason
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as err:
+            return f"half of a surrogate pair (\\u{ord(value[err.start]):04x}): no text, it cannot be written as UTF-8"
+        return None
+    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    return next((reason for reason in map(_defect, inner) if reason is not None), None)
 
 
 def _read_json(content: bytes, found: RowFile) -> None:
@@ -87,7 +132,7 @@ def _read_json(content: bytes, found: RowFile) -> None:
     if text is None:
         return
     try:
-        values = json.loads(text)
+        values = _parse(text)
     except json.JSONDecodeError as err:
         found.problems.append(f"{found.path}:{err.lineno}: not valid JSON at column {err.colno}: {err.msg}")
         return
@@ -107,27 +152,28 @@ def _read_csv(content: bytes, found: RowFile) -> None:
     text = _decode_lines(content, found)
     if text is None:
         return
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    usual = csv.field_size_limit(MAX_CELL_CHARACTERS)  # the limit is the process's, not the reader's
+    names: list[str] = []
+    first = 1
     try:
-        names = reader.fieldnames or []
-        if len(set(names)) < len(names):
-            found.problems.append(f"{found.path}:1: a column name is written twice: {', '.join(names)}")
-            return
-        while True:
-            first = reader.line_num + 1
-            record = next(reader, None)
-            if record is None:
-                return
-            where = f"{found.path}:{first}"
-            if None in record or None in record.values():
-                cells = sum(value is not None for key, value in record.items() if key is not None) + len(
-                    record.get(None) or []
-                )
-                found.problems.append(f"{where}: {cells} cells, but the header names {len(names)} columns")
+        for cells in reader:
+            where, first = f"{found.path}:{first}", reader.line_num + 1
+            if not cells:
+                continue
+            if not names:
+                names = cells
+                if len(set(names)) < len(names):
+                    found.problems.append(f"{where}: a column name is written twice: {', '.join(names)}")
+                    return
+            elif len(cells) != len(names):
+                found.problems.append(f"{where}: {len(cells)} cells, but the header names {len(names)} columns")
             else:
-                found.rows.append(Row(where, dict(record)))
+                found.rows.append(Row(where, dict(zip(names, cells, strict=True))))
     except csv.Error as err:
         found.problems.append(f"{found.path}:{reader.line_num}: not valid CSV: {err}")
+    finally:
+        csv.field_size_limit(usual)
 
 
 def _decode_lines(content: bytes, found: RowFile) -> str | None:

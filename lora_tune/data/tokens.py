@@ -1,11 +1,12 @@
 """Conversation → input_ids and labels for any chat template. The loss mask lives here and only here.
 
 No template markers are needed: where a message's words stand is found by rendering the conversation twice with
-different words in their place and looking at what differs. Each row is then proved: its trained tokens, decoded, are
-the message's words and the end-of-turn token, or the row is refused.
+different words in their place and looking at what differs. Each row is then proved, or refused: what is trained follows
+exactly the prompt that the model is given when it is used, and reads exactly as the message, then the end-of-turn.
 """
 
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,20 @@ from lora_tune.errors import DataError
 IGNORE_INDEX = -100
 """Label of a token that adds nothing to the loss (PyTorch's and transformers' convention)."""
 
+TEMPLATE_DATE = "26 Jul 2024"
+"""What templates that write today's date are told (Llama 3.x's own default): the same rows give the same tokens."""
+
+_FIXED_CLOCK = (
+    "{%- macro strftime_now(format) -%}"
+    f"{{%- if format == '%Y-%m-%d' -%}}2024-07-26{{%- else -%}}{TEMPLATE_DATE}{{%- endif -%}}"
+    "{%- endmacro -%}"
+)
+
 _MARKS = ("x7f3a9", "k2c8d1")
 """Two stand-ins for a message's words, with no first or last character in common."""
+
+_SETTINGS: tuple[Mapping[str, Any], ...] = ({}, {"enable_thinking": False}, {"thinking": False})
+"""Ways to ask a template for an answer without reasoning; the first one under which prompt and answer agree is taken."""
 
 
 class LossMaskError(DataError):
@@ -44,6 +57,16 @@ class TokenizedRow:
         return sum(self.trained)
 
 
+@dataclass(frozen=True)
+class _Span:
+    """What the model must write for one message, as [start, end) in the rendered text."""
+
+    start: int
+    end: int
+    ender: int
+    """How many of its last characters end the turn."""
+
+
 def loss_labels(ids: Sequence[int], trained: Sequence[bool]) -> list[int]:
     """Return the token id where trained, IGNORE_INDEX elsewhere, [T].
 
@@ -63,31 +86,33 @@ def loss_labels(ids: Sequence[int], trained: Sequence[bool]) -> list[int]:
 
 
 def render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-    """Return the messages as the chat template writes them.
+    """Return the messages as the chat template writes them, with the settings that suit the template.
 
     Raises:
         LossMaskError: the template refuses these messages, or the tokenizer has no template.
     """
-    if not tokenizer.chat_template:
-        raise LossMaskError(
-            "the base has no chat template", hint="set data.chat_template to a .jinja file, or to builtin:plain"
-        )
-    turns = [message.as_dict() for message in messages]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except (TemplateError, TypeError, KeyError, ValueError) as err:
-        roles = ", ".join(message.role for message in messages)
-        raise LossMaskError(
-            f"the chat template refuses the roles {roles}: {err}",
-            hint="change the rows, or give a template that takes them in data.chat_template",
-        ) from err
-    return str(text)
+    return _render(tokenizer, messages, _settings(tokenizer), add_generation_prompt=add_generation_prompt)
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """Return the token ids, [T], after which the assistant's answer begins: what the model is given when it is used."""
-    text = render(tokenizer, messages, add_generation_prompt=True)
-    return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    return _encode(tokenizer, render(tokenizer, messages, add_generation_prompt=True))
+
+
+def answer_ids(conversation: Conversation, tokenizer: Any) -> list[int]:
+    """Return the token ids, [A], of the perfect answer to the conversation's last turn, without its end-of-turn."""
+    text = render(tokenizer, conversation.messages)
+    span = _span(tokenizer, conversation.messages, len(conversation.messages) - 1, text)
+    whole = _encode(tokenizer, text[: span.start])
+    return _encode(tokenizer, text[: span.end - span.ender])[len(whole) :]
+
+
+def end_of_turn_ids(tokenizer: Any) -> list[int]:
+    """Return the id that ends the assistant's turn in this template, as a list; generation stops there."""
+    messages = [Message("user", "a"), Message("assistant", "b")]
+    text = render(tokenizer, messages)
+    span = _span(tokenizer, messages, 1, text)
+    return _encode(tokenizer, text[: span.end])[-1:]
 
 
 def tokenize(conversation: Conversation, tokenizer: Any, *, train_on: str) -> TokenizedRow:
@@ -101,36 +126,97 @@ def tokenize(conversation: Conversation, tokenizer: Any, *, train_on: str) -> To
     Raises:
         LossMaskError: the trained tokens cannot be proved to be the words of the messages and their end-of-turn.
     """
+    _refuse_control_tokens(conversation, special_tokens(tokenizer))
     text = render(tokenizer, conversation.messages)
-    if train_on == "all":
-        spans = [(0, len(text))]
-    else:
-        spans = [
-            _answer_span(tokenizer, conversation.messages, i, text) for i in conversation.trained_messages(train_on)
-        ]
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids = [int(token) for token in encoded["input_ids"]]
-    owner = [_span_of(start, end, spans) for start, end in encoded["offset_mapping"]]
+    spans: list[_Span] = []
     if train_on != "all":
-        _prove(tokenizer, text, spans, ids, owner)
-    row = TokenizedRow(tuple(ids), tuple(span is not None for span in owner), conversation.where)
+        trained = conversation.trained_messages(train_on)
+        spans = [_span(tokenizer, conversation.messages, i, text) for i in trained]
+    ids, owners = _encode_spans(tokenizer, text, spans)
+    _prove(tokenizer, text, spans, ids, owners)
+    on = [True] * len(ids) if train_on == "all" else [owner is not None for owner in owners]
+    row = TokenizedRow(tuple(ids), tuple(on), conversation.where)
     loss_labels(row.input_ids, row.trained)
     return row
 
 
 def trained_text(row: TokenizedRow, tokenizer: Any) -> str:
     """Return the trained tokens as text, special tokens included."""
-    kept = [token for token, on in zip(row.input_ids, row.trained, strict=True) if on]
-    return str(tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return _decode(tokenizer, [token for token, on in zip(row.input_ids, row.trained, strict=True) if on])
 
 
-def _answer_span(tokenizer: Any, messages: Sequence[Message], index: int, text: str) -> tuple[int, int]:
-    """Return [start, end) in `text` of what the model must write for message `index`, end-of-turn included."""
-    words_start, words_end = _words_span(tokenizer, messages, index, text)
+def special_tokens(tokenizer: Any) -> list[str]:
+    """Return every special token's text: those with a role (eos, bos, …) and those added as special."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted({*added, *map(str, tokenizer.all_special_tokens)})
+
+
+def _render(
+    tokenizer: Any, messages: Sequence[Message], settings: Mapping[str, Any], *, add_generation_prompt: bool
+) -> str:
+    if not tokenizer.chat_template:
+        raise LossMaskError(
+            "the base has no chat template", hint="set data.chat_template to a .jinja file, or to builtin:plain"
+        )
+    turns = [message.as_dict() for message in messages]
+    template = str(tokenizer.chat_template)
+    try:
+        text = tokenizer.apply_chat_template(
+            turns,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            chat_template=(_FIXED_CLOCK if "strftime_now" in template else "") + template,
+            date_string=TEMPLATE_DATE,
+            **settings,
+        )
+    except (TemplateError, TypeError, KeyError, ValueError) as err:
+        roles = ", ".join(message.role for message in messages)
+        raise LossMaskError(
+            f"the chat template refuses the roles {roles}: {err}",
+            hint="change the rows, or give a template that takes them in data.chat_template",
+        ) from err
+    return str(text)
+
+
+def _settings(tokenizer: Any) -> Mapping[str, Any]:
+    """Return the settings under which the generation prompt is the beginning of what the template writes.
+
+    Templates of reasoning models open a thinking block in the prompt that they leave out of the finished turn; trained
+    like that, the model would be asked from a state that it never saw.
+    """
+    messages = [Message("user", "a"), Message("assistant", "b")]
+    for settings in _SETTINGS:
+        prompt = _render(tokenizer, messages[:1], settings, add_generation_prompt=True)
+        if _render(tokenizer, messages, settings, add_generation_prompt=False).startswith(prompt):
+            return settings
+    return {}
+
+
+def _refuse_control_tokens(conversation: Conversation, control: Sequence[str]) -> None:
+    for number, message in enumerate(conversation.messages, start=1):
+        found = next((token for token in control if token in message.content), None)
+        if found is not None:
+            raise LossMaskError(
+                f"message {number} ({message.role}) holds the control token {found}, which would end or begin a turn",
+                hint="take control tokens out of the rows",
+            )
+
+
+def _span(tokenizer: Any, messages: Sequence[Message], index: int, text: str) -> _Span:
+    """Return what the model must write for message `index`, end-of-turn included."""
+    start, end = _words_span(tokenizer, messages, index, text)
     prompt = render(tokenizer, messages[:index], add_generation_prompt=True)
-    # What stands between the generation prompt and the words (an empty thinking block, say) is the model's to write.
-    start = len(prompt) if len(prompt) <= words_start and text.startswith(prompt) else words_start
-    return start, words_end + _end_of_turn(tokenizer, messages, index, text, words_end)
+    if len(prompt) > start or not text.startswith(prompt):
+        last = index == len(messages) - 1
+        raise LossMaskError(
+            f"the chat template writes message {index + 1} differently from how it asks for it"
+            f"{'' if last else ', once the conversation goes on'}: "
+            f"the prompt ends in {prompt[-30:]!r}, but the words follow {text[max(0, start - 30) : start]!r}",
+            hint="give another template in data.chat_template" if last else "set data.train_on to completion",
+        )
+    # What stands between the prompt and the words (an empty thinking block, say) is the model's to write.
+    ender = _end_of_turn(tokenizer, messages, index, text, end)
+    return _Span(len(prompt), end + ender, ender)
 
 
 def _words_span(tokenizer: Any, messages: Sequence[Message], index: int, text: str) -> tuple[int, int]:
@@ -152,50 +238,91 @@ def _words_span(tokenizer: Any, messages: Sequence[Message], index: int, text: s
 
 
 def _end_of_turn(tokenizer: Any, messages: Sequence[Message], index: int, text: str, words_end: int) -> int:
-    """Return how many characters after the words end the turn: up to and including the end-of-turn token."""
+    """Return how many characters after the words end the turn: up to and including its end-of-turn tokens."""
+    control = special_tokens(tokenizer)
     alone = render(tokenizer, messages[: index + 1])
-    after = text[words_end:]
+    after, agreed = text[words_end:], False
     if alone[:words_end] == text[:words_end]:
-        # Without the next message: what follows here belongs to this turn for sure.
-        after = after[: _agreement(after, alone[words_end:])]
-    blank = len(after) - len(after.lstrip())
-    enders = [str(token) for token in special_tokens(tokenizer) if after[blank:].startswith(str(token))]
-    if not enders:
+        # What is written with and without the next message belongs to this turn for sure.
+        common = after[: _agreement(after, alone[words_end:])]
+        agreed = bool(_first_token(common.lstrip(), control))
+        after = common if agreed else after
+    position = len(after) - len(after.lstrip())
+    first = _first_token(after[position:], control)
+    if not first:
         raise LossMaskError(
             "the chat template writes no end-of-turn token after an assistant message, so the model would never learn to stop",
             hint="give a template that ends the assistant's turn in data.chat_template",
         )
-    return blank + max(len(token) for token in enders)
+    position += len(first)
+    while agreed and (following := _first_token(after[position:], control)):
+        position += len(following)
+    return position
+
+
+def _first_token(text: str, control: Sequence[str]) -> str:
+    """Return the longest control token that the text begins with, or nothing."""
+    return max((token for token in control if text.startswith(token)), key=len, default="")
 
 
 def _agreement(first: str, second: str) -> int:
     """Return how many characters the two have in common at their start."""
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
-    )
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if first[:middle] == second[:middle] else (low, middle - 1)
+    return low
 
 
-def special_tokens(tokenizer: Any) -> list[str]:
-    """Return every special token's text: those with a role (eos, bos, …) and those added as special."""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return sorted({*added, *map(str, tokenizer.all_special_tokens)})
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
-def _span_of(start: int, end: int, spans: Sequence[tuple[int, int]]) -> int | None:
-    if end <= start:
-        return None
-    return next((i for i, (first, last) in enumerate(spans) if first <= start < last), None)
+def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _prove(
-    tokenizer: Any, text: str, spans: Sequence[tuple[int, int]], ids: Sequence[int], owner: Sequence[int | None]
-) -> None:
-    """Refuse the row unless each span's tokens decode to exactly that span of the text."""
-    for number, (start, end) in enumerate(spans):
-        kept = [token for token, span in zip(ids, owner, strict=True) if span == number]
-        decoded = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if decoded.strip() != text[start:end].strip():
+def _encode_spans(tokenizer: Any, text: str, spans: Sequence[_Span]) -> tuple[list[int], list[int | None]]:
+    """Return ids, [T], and for each token which span it belongs to.
+
+    The whole text is tokenized at once, as in use. Where a token would then reach across the start of an answer (an answer
+    that begins with a line break, say), the prompt and the answer are tokenized apart, as they are in use.
+    """
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = [int(token) for token in encoded["input_ids"]]
+    starts = [start for start, _ in encoded["offset_mapping"]]
+    for span in spans:
+        before = sum(start < span.start for start in starts)
+        if ids[:before] != _encode(tokenizer, text[: span.start]):
+            return _encode_apart(tokenizer, text, spans)
+    owners = [
+        next((n for n, span in enumerate(spans) if span.start <= start < span.end and end > start), None)
+        for start, end in encoded["offset_mapping"]
+    ]
+    return ids, owners
+
+
+def _encode_apart(tokenizer: Any, text: str, spans: Sequence[_Span]) -> tuple[list[int], list[int | None]]:
+    ids: list[int] = []
+    owners: list[int | None] = []
+    position = 0
+    for number, span in enumerate(spans):
+        for piece, owner in ((text[position : span.start], None), (text[span.start : span.end], number)):
+            tokens = _encode(tokenizer, piece)
+            ids += tokens
+            owners += [owner] * len(tokens)
+        position = span.end
+    rest = _encode(tokenizer, text[position:])
+    return ids + rest, owners + [None] * len(rest)
+
+
+def _prove(tokenizer: Any, text: str, spans: Sequence[_Span], ids: Sequence[int], owners: Sequence[int | None]) -> None:
+    """Refuse the row unless each span's tokens read exactly as that span of the text."""
+    for number, span in enumerate(spans):
+        decoded = _decode(tokenizer, [token for token, owner in zip(ids, owners, strict=True) if owner == number])
+        wanted = text[span.start : span.end]
+        # Tokenizers of SentencePiece kind do not give a first blank back; some write composed characters (NFC).
+        if decoded not in (wanted, wanted.removeprefix(" "), unicodedata.normalize("NFC", wanted)):
             raise LossMaskError(
-                f"the trained tokens read {decoded[:80]!r}, but the answer is {text[start:end][:80]!r}; "
-                "a token reaches across the start or the end of the answer, or the tokenizer changes its text"
+                f"the trained tokens read {decoded[:80]!r}, but the answer is {wanted[:80]!r}: the tokenizer changes its text"
             )

@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_tune.data.dataset import TokenizedSet
 from lora_tune.data.messages import Conversation
-from lora_tune.data.tokens import TokenizedRow, prompt_ids
+from lora_tune.data.tokens import TokenizedRow, answer_ids, prompt_ids
 from lora_tune.evaluation.metrics import Figures, figures, is_exact
 from lora_tune.model.generate import generate_answers, stop_ids
 
@@ -68,6 +68,8 @@ def evaluate(
         base_too: measure the base as well.
     """
     asked = held_out.conversations[:answer_rows] if max_answer_tokens else ()
+    # The perfect answer as the model would write it: templates may put something before the words.
+    expected = [_text(tokenizer, answer_ids(row, tokenizer)) for row in asked]
     results = []
     for who in ("adapter", "base") if base_too else ("adapter",):
         with model.disable_adapter() if who == "base" else nullcontext():
@@ -75,7 +77,7 @@ def evaluate(
             nll, correct, tokens = _score(model, held_out.rows, tokenizer.pad_token_id)
             progress(f"held-out answers, {who}", 0.3)
             answers = _answer(model, tokenizer, asked, max_answer_tokens, partial(progress, f"held-out answers, {who}"))
-        exact = [is_exact(given, row.final_answer) for given, row in zip(answers, asked, strict=True)]
+        exact = [is_exact(given, wanted) for given, wanted in zip(answers, expected, strict=True)]
         results.append((figures(nll_sum=nll, n_correct=correct, n_tokens=tokens, exact=exact), answers))
     progress("held-out rows measured", 1.0)
     adapter, base = results[0], results[1] if base_too else None
@@ -83,10 +85,14 @@ def evaluate(
         adapter[0],
         base[0] if base else None,
         tuple(
-            Answer(row.where, row.messages[-2].content, row.final_answer, base[1][i] if base else None, adapter[1][i])
+            Answer(row.where, row.messages[-2].content, expected[i], base[1][i] if base else None, adapter[1][i])
             for i, row in enumerate(asked)
         ),
     )
+
+
+def _text(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _score(model: Any, rows: Sequence[TokenizedRow], pad_id: int) -> tuple[float, int, int]:
@@ -137,6 +143,6 @@ def _answer(
     for first in range(0, len(rows), chunk):
         prompts = [prompt_ids(tokenizer, row.messages[:-1]) for row in rows[first : first + chunk]]
         made = generate_answers(model, tokenizer, prompts, max_tokens=max_tokens, ends=ends)
-        answers += [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in made]
+        answers += [_text(tokenizer, ids) for ids in made]
         progress(len(answers) / len(rows))
     return answers

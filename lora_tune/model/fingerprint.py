@@ -6,15 +6,17 @@ Read from safetensors headers and bytes; the model is never built, so this runs 
 import hashlib
 import json
 import os
+import re
 import struct
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 
-from lora_tune.errors import MissingInputError
+from lora_tune.errors import CannotCreateError, CannotWriteError, MissingInputError
 from lora_tune.staging import write_file
 
 _VOLATILE_CONFIG = {
@@ -25,6 +27,8 @@ _VOLATILE_CONFIG = {
     "torch_dtype",
     "_attn_implementation",
 }
+_SPECIAL_TOKENS_FILE = "tokenizer_config.json"
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 _MAX_HEADER_BYTES = 100 * 1024 * 1024
 
 
@@ -71,6 +75,17 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def kept_file_digest(path: Path) -> str:
+    """Return the sha256 of a file's bytes, hashed once: it is kept in the cache by path, size and time of change."""
+    place = _digest_place("file", path)
+    kept = _recall(place)
+    if set(kept) == {"sha256"}:
+        return kept["sha256"]
+    digest = file_digest(path)
+    _remember(place, {"sha256": digest})
+    return digest
+
+
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Return the tensors that a safetensors file's header names.
 
@@ -106,12 +121,26 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the base's safetensors files.
+    """Return the base's safetensors files: those that transformers loads, and no copy or variant beside them.
 
     Raises:
-        MissingInputError: the folder holds none.
+        MissingInputError: the folder holds none, or not all of them.
+
+    Source: transformers 5.23, modeling_utils: model.safetensors comes before model.safetensors.index.json.
     """
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return _indexed_files(index)
+    files = sorted(folder.glob("*.safetensors"))
+    parts = [path.name for path in files if re.search(r"-\d+-of-\d+\.safetensors$", path.name)]
+    if parts:
+        raise MissingInputError(
+            f"{folder} holds {parts[0]}, a part of a base, but no {index.name} that names all parts",
+            hint="fetch the base again, or copy the index and every part",
+            where=str(folder),
+        )
     if not files:
         pickled = [path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt"))]
         found = f"only {pickled[0]}, a pickle, which is not opened" if pickled else "none"
@@ -120,6 +149,25 @@ def weight_files(folder: Path) -> list[Path]:
             hint="take a base that ships safetensors, or convert it: model.save_pretrained(folder)",
         )
     return files
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError("it must name files beside it")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+        raise MissingInputError(
+            f"{index} is damaged: {err}", hint="fetch the base again, or copy the index once more", where=str(index)
+        ) from err
+    gone = [name for name in names if not (index.parent / name).is_file()]
+    if gone:
+        raise MissingInputError(
+            f"{len(gone)} of the {len(names)} weight files that {index} names are not there; the first is {gone[0]}",
+            hint="fetch the base again, or copy the missing files",
+            where=str(index),
+        )
+    return [index.parent / name for name in names]
 
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -164,23 +212,21 @@ def fingerprint(folder: Path) -> Fingerprint:
 
 
 def remember_base(weights: str, name: str) -> None:
-    """Keep on this machine where the base with this weights digest stands."""
-    path = cache_root() / "known" / f"{weights}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, json.dumps({"name": name}))
+    """Keep on this machine where the base with this weights digest stands, if the cache can be written."""
+    _remember(cache_root() / "known" / f"{weights}.json", {"name": name})
 
 
 def recall_base(weights: str) -> str | None:
     """Return where a base with this weights digest was last seen on this machine, if it is still there."""
+    name = _recall(cache_root() / "known" / f"{weights}.json").get("name")
     try:
-        name = str(json.loads((cache_root() / "known" / f"{weights}.json").read_text(encoding="utf-8"))["name"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return name if name and Path(name).exists() else None
+    except OSError:
         return None
-    return name if Path(name).exists() else None
 
 
 def tokenizer_digest(files: Iterable[Path], *, chat_template: str) -> dict[str, str]:
-    """Return the digests of a tokenizer: of its vocabulary and rules, and of the chat template."""
+    """Return the digests of a tokenizer: of its vocabulary, rules and special tokens, and of the chat template."""
     vocabulary = {path.name: _vocabulary(path) for path in files}
     return {
         "tokenizer": canonical_digest(vocabulary),
@@ -189,34 +235,41 @@ def tokenizer_digest(files: Iterable[Path], *, chat_template: str) -> dict[str, 
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Return the files that decide which ids a text becomes."""
-    fast = folder / "tokenizer.json"
-    if fast.is_file():
-        return [fast]
-    names = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model")
-    return [folder / name for name in names if (folder / name).is_file()]
+    """Return the files that decide which ids a text becomes, and which of them begin, end and pad it."""
+    slow = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model")
+    names = ("tokenizer.json",) if (folder / "tokenizer.json").is_file() else slow
+    return [folder / name for name in (*names, _SPECIAL_TOKENS_FILE) if (folder / name).is_file()]
 
 
 def _vocabulary(path: Path) -> str:
     if path.suffix != ".json":
         return file_digest(path)
-    values = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise MissingInputError(
+            f"{path} cannot be read: {err}", hint="fetch the base again, or copy the file once more", where=str(path)
+        ) from err
+    if path.name == _SPECIAL_TOKENS_FILE:
+        # The rest of this file says how and by whom the tokenizer was saved.
+        return canonical_digest({name: _token_text(values, name) for name in _SPECIAL_TOKENS})
     if isinstance(values, Mapping):
         # Truncation and padding are left behind in this file by whoever saved it last; they are no part of the vocabulary.
         values = {key: value for key, value in values.items() if key not in ("truncation", "padding")}
     return canonical_digest(values)
 
 
+def _token_text(values: object, name: str) -> str | None:
+    token = values.get(name) if isinstance(values, Mapping) else None
+    content = token.get("content") if isinstance(token, Mapping) else token
+    return None if content is None else str(content)
+
+
 def _tensor_digests(path: Path, header: Mapping[str, TensorInfo]) -> dict[str, str]:
-    stat = path.stat()
-    cache = cache_root() / "digests" / f"{canonical_digest([str(path.resolve()), stat.st_size, stat.st_mtime_ns])}.json"
-    if cache.is_file():
-        try:
-            kept = json.loads(cache.read_text(encoding="utf-8"))
-            if set(kept) == set(header):
-                return {str(name): str(digest) for name, digest in kept.items()}
-        except ValueError:
-            cache.unlink(missing_ok=True)
+    place = _digest_place("tensors", path)
+    kept = _recall(place)
+    if set(kept) == set(header):
+        return kept
     digests = {}
     with path.open("rb") as stream:
         for name, info in sorted(header.items(), key=lambda item: item[1].start):
@@ -229,9 +282,30 @@ def _tensor_digests(path: Path, header: Mapping[str, TensorInfo]) -> dict[str, s
                 digest.update(chunk)
                 left -= len(chunk)
             digests[name] = digest.hexdigest()
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    write_file(cache, json.dumps(digests))
+    _remember(place, digests)
     return digests
+
+
+def _digest_place(kind: str, path: Path) -> Path:
+    stat = path.stat()
+    key = canonical_digest([kind, str(path.resolve()), stat.st_size, stat.st_mtime_ns])
+    return cache_root() / "digests" / f"{key}.json"
+
+
+def _recall(place: Path) -> dict[str, str]:
+    """Return what the cache keeps there; nothing when it is not there, damaged or closed to us."""
+    try:
+        kept = json.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {str(key): str(value) for key, value in kept.items()} if isinstance(kept, dict) else {}
+
+
+def _remember(place: Path, values: Mapping[str, str]) -> None:
+    """Keep the values in the cache; one that cannot be written costs time at the next call and nothing else."""
+    with suppress(OSError, CannotCreateError, CannotWriteError):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_file(place, json.dumps(dict(values)))
 
 
 def cache_root() -> Path:

@@ -4,12 +4,29 @@ from collections.abc import Iterator, Sequence
 from threading import Thread
 from typing import Any
 
+from lora_tune.data.tokens import LossMaskError, end_of_turn_ids
+
+# A base's own generation settings (a repetition penalty, say) would change what is measured.
+_GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+    "repetition_penalty": 1.0,
+}
+_SAMPLING: dict[str, Any] = {"do_sample": True, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Return the ids that end an answer: the tokenizer's eos and those of the model's own generation settings."""
+    """Return the ids that end an answer: what the template ends a turn with, the tokenizer's eos, the model's own."""
     own = model.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
-    return sorted({int(token) for token in (tokenizer.eos_token_id, *own) if token is not None})
+    try:
+        ends = end_of_turn_ids(tokenizer)
+    except LossMaskError:
+        ends = []  # a base whose template cannot be trained on can still be talked to
+    found = (*ends, tokenizer.eos_token_id, *own)
+    return sorted({int(token) for token in found if token is not None})
 
 
 def generate_answers(
@@ -44,7 +61,7 @@ def generate_answers(
             output = model.generate(
                 input_ids=torch.tensor(padded, device=model.device),
                 attention_mask=torch.tensor(attended, device=model.device),
-                max_new_tokens=max_tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
+                max_new_tokens=max_tokens, **_GREEDY,
                 eos_token_id=list(ends), pad_token_id=tokenizer.pad_token_id,
             )  # fmt: skip
         for i, row in zip(chosen, output[:, width:].tolist(), strict=True):
@@ -63,11 +80,7 @@ def stream_answer(
     failure: list[BaseException] = []
 
     def run() -> None:
-        sampling = (
-            {"do_sample": True, "temperature": temperature}
-            if temperature > 0
-            else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        )
+        sampling = _SAMPLING | {"temperature": temperature} if temperature > 0 else _GREEDY
         try:
             with torch.no_grad():
                 model.generate(

@@ -1,22 +1,26 @@
 """Base model and tokenizer into memory. Dtype and device are chosen here, in one tested table."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from lora_tune.errors import MissingInputError, RecipeError
 from lora_tune.model.dense import BaseFiles, quiet
 from lora_tune.model.quantization import keep_unpacked, quantization_plan
+from lora_tune.model.resolve import refuse_unfit
 from lora_tune.recipe.schema import BaseSection
+from lora_tune.recipe.template import PLAIN_TEMPLATE, read_template
 
-PLAIN_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{{- '### ' + message['role'][0] | upper + message['role'][1:] + ':\\n' + message['content'] | trim -}}"
-    "{{- eos_token + '\\n\\n' if message['role'] == 'assistant' else '\\n\\n' -}}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '### Assistant:\\n' -}}{%- endif -%}"
-)
-"""`builtin:plain`: headings for the roles, and the base's own eos token after each answer."""
+__all__ = [
+    "PLAIN_TEMPLATE",
+    "Device",
+    "Placement",
+    "detect_device",
+    "load_base",
+    "load_tokenizer",
+    "place",
+    "read_template",
+    "torch_dtype",
+]
 
 Dtype = Literal["bf16", "fp32"]
 
@@ -77,12 +81,12 @@ def place(device: Device, base: BaseSection) -> Placement:
     )
 
 
-def load_tokenizer(files: BaseFiles, chat_template: str | None = None) -> Any:
+def load_tokenizer(files: BaseFiles, *, template_text: str | None = None) -> Any:
     """Return the base's fast tokenizer, with the given chat template or its own, and a pad token.
 
     Args:
         files: the base.
-        chat_template: a `.jinja` file, `builtin:plain`, a template's text, or None for the base's own.
+        template_text: the chat template itself (`read_template` gives that of a recipe), or None for the base's own.
 
     Raises:
         MissingInputError: there is no fast tokenizer.
@@ -100,8 +104,8 @@ def load_tokenizer(files: BaseFiles, chat_template: str | None = None) -> Any:
         raise MissingInputError(
             f"{files.name} has no fast tokenizer (tokenizer.json), which is needed to know where each token stands"
         )
-    if chat_template is not None:
-        tokenizer.chat_template = read_template(chat_template)
+    if template_text is not None:
+        tokenizer.chat_template = template_text
     if not tokenizer.chat_template:
         raise RecipeError(
             f"{files.name} has no chat template",
@@ -114,38 +118,32 @@ def load_tokenizer(files: BaseFiles, chat_template: str | None = None) -> Any:
     return tokenizer
 
 
-def read_template(given: str) -> str:
-    """Return a template's text from `builtin:plain`, a `.jinja` file or the text itself."""
-    if given == "builtin:plain":
-        return PLAIN_TEMPLATE
-    if given.startswith("builtin:"):
-        raise RecipeError(f"no template {given!r}; known: builtin:plain", where="data.chat_template")
-    if given.endswith(".jinja"):
-        return Path(given).read_text(encoding="utf-8")
-    return given
-
-
 def load_base(files: BaseFiles, base: BaseSection) -> Any:
     """Return the base in evaluation mode, in the dtype and place of the table, its weights frozen.
 
     Raises:
         MissingInputError: the weights cannot be read, or the architecture is unknown to transformers.
+        RefusedError: the base is quantized already, or wants to run its own code (exit 77).
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    refuse_unfit(files.folder)
     placement = place(detect_device(), base)
     dtype = torch_dtype(placement.dtype)
+    quantization = quantization_plan(base.quantization, dtype)
     try:
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(
                 files.folder,
                 dtype=dtype,
                 device_map=placement.device_map,
-                quantization_config=quantization_plan(base.quantization, dtype),
                 use_safetensors=True,
                 trust_remote_code=False,
+                # transformers asks whether it is given, not whether it is None
+                **({} if quantization is None else {"quantization_config": quantization}),
             )
-    except (OSError, ValueError, KeyError) as err:
+    except (OSError, ValueError, KeyError, SafetensorError) as err:
         raise MissingInputError(f"{files.name} cannot be loaded: {err}", where=str(files.folder)) from err
     keep_unpacked(model)
     model.eval()

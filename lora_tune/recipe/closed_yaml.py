@@ -8,6 +8,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.tokens import DirectiveToken, DocumentStartToken
 
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 20
@@ -46,9 +47,9 @@ def parse(text: str) -> ClosedYaml:
     if len(text.encode()) > MAX_BYTES:
         document.problems.append(Problem("", None, f"larger than {MAX_BYTES // 1024} KiB; a recipe is a short file"))
         return document
-    reader = YAML(typ="safe", pure=True)
     try:
-        document.problems += _refused_syntax(reader, text)
+        document.problems += _directives(text) or _refused_syntax(YAML(typ="safe", pure=True), text)
+        reader = YAML(typ="safe", pure=True)
         if not document.problems:
             root = reader.compose(text)
             document.value = None if root is None else _value(root, "", document, reader, depth=0)
@@ -60,6 +61,18 @@ def parse(text: str) -> ClosedYaml:
     except (YAMLError, ValueError) as err:
         document.problems.append(Problem("", None, f"not valid YAML: {str(err).splitlines()[0]}"))
     return document
+
+
+def _directives(text: str) -> list[Problem]:
+    """Look at the bare tokens before anything else: `%YAML 1.1` would make another language of what follows."""
+    problems = []
+    for token in YAML(typ="safe", pure=True).scan(text):
+        if isinstance(token, DirectiveToken):
+            line = token.start_mark.line + 1
+            problems.append(Problem("", line, f"directive %{token.name}: a recipe is YAML 1.2 and has no directives"))
+        elif isinstance(token, DocumentStartToken):
+            break
+    return problems
 
 
 def _refused_syntax(reader: YAML, text: str) -> list[Problem]:

@@ -10,9 +10,10 @@ from typing import Any
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from lora_tune.errors import MissingInputError, RecipeError, UsageError
+from lora_tune.errors import LoraTuneError, MissingInputError, RecipeError, UsageError
 from lora_tune.recipe.closed_yaml import ClosedYaml, Problem, parse
-from lora_tune.recipe.schema import SECTIONS, Recipe, Section, conflicts
+from lora_tune.recipe.schema import BUILTIN_BASES, BUILTIN_TEMPLATES, SECTIONS, Recipe, Section, conflicts
+from lora_tune.recipe.template import read_template
 
 _FROM_SET = 0
 """Stands for a line number where the value came from `--set`."""
@@ -49,9 +50,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
         problems.append(Problem("", None, "empty, or not a mapping of sections: base, data, lora, train, eval, output"))
     if not problems or isinstance(values, dict):
         sections = values if isinstance(values, dict) else {}
-        problems += _apply_overrides(sections, overrides, document)
+        unread = _apply_overrides(sections, overrides, document)
+        problems += unread
         recipe, found = _validate(sections, document.lines)
-        problems += found
+        problems += [problem for problem in found if problem.field not in {bad.field for bad in unread}]
         recipe, found = _resolve_paths(recipe, path.parent, document.lines)
         problems += found
         if not problems:
@@ -103,7 +105,9 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str], document:
         if not equals or not section or (dot and not key):
             raise UsageError(f"--set {override}: expected section.key=value", hint="for example --set lora.rank=8")
         parsed = parse(text)
-        problems += [Problem(field, None, f"--set: {p.message}") for p in parsed.problems]
+        if parsed.problems:
+            problems.append(Problem(field.strip(), _FROM_SET, parsed.problems[0].message))
+            continue
         target = values
         if dot:
             inner = values.get(section)
@@ -122,10 +126,9 @@ def _validate(values: Mapping[str, Any], lines: Mapping[str, int]) -> tuple[Reci
         for key in values
         if key not in SECTIONS and key != "version"
     ]
-    if "version" in values and values["version"] != 1:
-        problems.append(
-            Problem("version", lines.get("version"), f"found {values['version']!r}; this tool reads version 1")
-        )
+    version = values.get("version", 1)
+    if type(version) is not int or version != 1:  # true and 1.0 equal 1 too
+        problems.append(Problem("version", lines.get("version"), f"found {version!r}; this tool reads version 1"))
     sections: dict[str, Section] = {}
     for name, section in SECTIONS.items():
         given = values.get(name)
@@ -207,22 +210,66 @@ def _resolve_paths(
         return None, []
     problems = []
     changed: dict[str, Section] = {}
-    for name, key in _PATH_FIELDS:
+    for name, key in (*_PATH_FIELDS, ("base", "name")):
         value = getattr(getattr(recipe, name), key)
-        if value is None or value.startswith("builtin:"):
+        if value is None:
             continue
-        full = _absolute(value, folder)
-        changed[name] = changed.get(name, getattr(recipe, name)).model_copy(update={key: str(full)})
-        if not full.is_file():
-            problems.append(Problem(f"{name}.{key}", lines.get(f"{name}.{key}"), f"no file at {full}", missing=True))
-    base = recipe.base.name
-    local = _absolute(base, folder)
-    named_as_path = base.endswith(".gguf") or base.startswith((".", "/", "~"))
-    if not base.startswith("builtin:") and (named_as_path or local.is_dir()):
-        changed["base"] = recipe.base.model_copy(update={"name": str(local)})
-        if not local.exists():
-            problems.append(Problem("base.name", lines.get("base.name"), f"nothing at {local}", missing=True))
+        field = f"{name}.{key}"
+        found = _base_place(value, folder) if name == "base" else _file_place(value, folder, key)
+        if isinstance(found, _NoPlace):
+            problems.append(Problem(field, lines.get(field), found.reason, missing=found.missing))
+        elif found != value:
+            changed[name] = changed.get(name, getattr(recipe, name)).model_copy(update={key: found})
     return recipe.model_copy(update=changed), problems
+
+
+@dataclass(frozen=True)
+class _NoPlace:
+    """Why a path or name of the recipe leads nowhere."""
+
+    reason: str
+    missing: bool
+    """True when it is well-formed and only not there."""
+
+
+def _file_place(value: str, folder: Path, key: str) -> str | _NoPlace:
+    """Return the file's absolute path; a template is read too, since a wrong one is cheap to find here."""
+    builtin = key == "chat_template" and value.startswith("builtin:")
+    if builtin and value not in BUILTIN_TEMPLATES:
+        return _NoPlace(f"no built-in template {value!r}{_did_you_mean(value, BUILTIN_TEMPLATES)}", missing=False)
+    if builtin:
+        return value
+    try:
+        full = _absolute(value, folder)
+        if not full.is_file():
+            return _NoPlace(f"no file at {full}", missing=True)
+        if key == "chat_template":
+            read_template(str(full))
+    except (OSError, RuntimeError) as err:
+        return _NoPlace(_unusable(value, err), missing=True)
+    except LoraTuneError as err:
+        return _NoPlace(err.message, missing=isinstance(err, MissingInputError))
+    return str(full)
+
+
+def _base_place(value: str, folder: Path) -> str | _NoPlace:
+    """Return a local base's absolute path; a hub id and a built-in stay as they are."""
+    if value.startswith("builtin:"):
+        if value not in BUILTIN_BASES:
+            return _NoPlace(f"no built-in base {value!r}{_did_you_mean(value, BUILTIN_BASES)}", missing=False)
+        return value
+    try:
+        local = _absolute(value, folder)
+        if not value.endswith(".gguf") and not value.startswith((".", "/", "~")) and not local.is_dir():
+            return value
+        return str(local) if local.exists() else _NoPlace(f"nothing at {local}", missing=True)
+    except (OSError, RuntimeError) as err:
+        return _NoPlace(_unusable(value, err), missing=True)
+
+
+def _unusable(value: str, err: OSError | RuntimeError) -> str:
+    shown = value if len(value) <= 100 else f"{value[:100]}…"
+    return f"{shown!r} is no usable path: {err.strerror if isinstance(err, OSError) else err}"
 
 
 def _absolute(value: str, folder: Path) -> Path:

@@ -10,6 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
 """What a run, an adapter or an alias may be called."""
 
+BUILTIN_BASES = ("builtin:smollm2-135m",)
+"""Bases that need no hub; where each comes from stands in model/resolve.py."""
+
+BUILTIN_TEMPLATES = ("builtin:plain",)
+"""Chat templates that need no file; their text stands in recipe/template.py."""
+
 TargetName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$", max_length=256)]
 
 
@@ -60,7 +66,7 @@ class DataSection(Section):
     """Share of `path` held out for evaluation, chosen by `train.seed`."""
 
     chat_template: str | None = None
-    """A `.jinja` file, or `builtin:plain` for a base without a template; null takes the base's own."""
+    """A Jinja file, or `builtin:plain` for a base without a template; null takes the base's own."""
 
 
 class LoraSection(Section):
@@ -176,14 +182,16 @@ SECTIONS: dict[str, type[Section]] = {
 }
 
 
+_HEADS = {"lm_head", "embed_tokens", "embed_out", "wte"}
+
+
 def conflicts(recipe: Recipe) -> list[tuple[str, str]]:
     """Return (field, message) for every combination of settings that cannot be meant."""
     base, data, lora, evaluation = recipe.base, recipe.data, recipe.lora, recipe.eval
     held_out = data.eval_path is not None or data.eval_split > 0
     local = base.name.startswith(("builtin:", "./", "../", "/", "~")) or base.name.endswith(".gguf")
-    heads = sorted(
-        {"lm_head", "embed_tokens", "embed_out", "wte"} & set(lora.targets if lora.targets != "all-linear" else ())
-    )
+    targets = lora.targets if lora.targets != "all-linear" else ()
+    heads = sorted(name for name in targets if name.rpartition(".")[2] in _HEADS)
     rules = [
         (data.eval_path is not None and data.eval_split > 0, "data.eval_split",
          "eval_split and eval_path are both set; held-out rows come from one of them"),

@@ -13,6 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 from lora_tune.adapter.apply import trained_weights
+from lora_tune.errors import TrainingError
 from lora_tune.training.prepare import Notify
 
 
@@ -72,6 +73,19 @@ class StepLog(TrainerCallback):
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({key: _finite(value) for key, value in values.items()}) + "\n")
         self.notify(values)
+
+
+class FiniteGradients(TrainerCallback):
+    """Stops before an optimizer step whose gradients are not all numbers."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at every trained weight's gradient."""
+        for name, weight in trained_weights(kwargs["model"]).items():
+            if weight.grad is not None and not bool(torch.isfinite(weight.grad).all()):
+                raise TrainingError(
+                    f"a gradient is no longer a number at step {state.global_step + 1} ({name}); the weights were not updated with it",
+                    hint="lower train.learning_rate, or look for broken rows with `lora-tune preview`",
+                )
 
 
 class BestWeights(TrainerCallback):

@@ -2,7 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,15 @@ from lora_tune.errors import OutOfMemoryError, TrainingError
 from lora_tune.model.load import Device, Placement
 from lora_tune.model.quantization import is_quantized
 from lora_tune.recipe.schema import EvalSection, TrainSection
-from lora_tune.training.callbacks import BestWeights, StepLog, peak_memory_gib
+from lora_tune.training.callbacks import BestWeights, FiniteGradients, StepLog, peak_memory_gib
 from lora_tune.training.prepare import Notify
+
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "not enough memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "out of memory",
+)
 
 MAX_LOGITS_BYTES = 2 * 1024**3
 """Above this, the logits of a micro-batch are left to TRL's chunked head."""
@@ -116,6 +124,20 @@ class Trainer(SFTTrainer):
         count = (targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
         return summed / count
 
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """Return and log the held-out loss: the mean over trained tokens, as evaluation/evaluate.py measures it."""
+        self.model.eval()
+        summed, count = 0.0, 0
+        for batch in self.get_eval_dataloader():
+            inputs = self._prepare_inputs(batch)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                summed += float(self.compute_loss(self.model, inputs, num_items_in_batch=torch.tensor(1.0)))
+            count += int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
+        metrics = {f"{metric_key_prefix}_loss": summed / count}
+        self.log(metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         """Run one micro-batch, count its tokens, and refuse to go on from a loss that is not a number."""
         self.n_tokens += int(inputs["attention_mask"].sum())
@@ -176,22 +198,14 @@ def fit(
 
     Raises:
         TrainingError: the loss is no longer a number (exit 65).
-        OutOfMemoryError: the device has not enough memory (exit 71).
     """
     log = StepLog(folder / "metrics.jsonl", notify)
     best = BestWeights(evaluation.early_stopping_patience)
     trainer = make_trainer(
-        model, tokenizer, splits, section, evaluation, placement=placement, device=device, folder=folder, callbacks=[log, best]
+        model, tokenizer, splits, section, evaluation, placement=placement, device=device, folder=folder, callbacks=[log, best, FiniteGradients()]
     )  # fmt: skip
     log.counts = trainer
-    try:
-        trainer.train()
-    except torch.OutOfMemoryError as err:
-        raise _out_of_memory(section, splits, str(err)) from err
-    except (MemoryError, RuntimeError) as err:
-        if isinstance(err, RuntimeError) and "alloc" not in str(err).lower():
-            raise
-        raise _out_of_memory(section, splits, str(err).splitlines()[0]) from err
+    trainer.train()
     # accelerate leaves the model inside its autocast; whoever loads the adapter computes without it.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     best.restore(model)
@@ -212,11 +226,23 @@ def fit(
     )
 
 
-def _out_of_memory(section: TrainSection, splits: Splits, reason: str) -> OutOfMemoryError:
-    longest = max(len(row.input_ids) for row in splits.train.rows)
-    return OutOfMemoryError(
-        f"out of memory with {section.micro_batch_sequences} rows of up to {longest} tokens "
-        f"({peak_memory_gib():.2f} GiB at the peak): {reason}",
-        hint=f"halve train.micro_batch_sequences and double train.gradient_accumulation_steps (now {section.micro_batch_sequences} and "
-        f"{section.gradient_accumulation_steps}); then train.gradient_checkpointing: true, base.quantization: nf4, a lower data.max_seq_tokens",
-    )
+@contextmanager
+def memory_guard(section: TrainSection, splits: Splits) -> Iterator[None]:
+    """Translate what runs out of memory in the block.
+
+    Raises:
+        OutOfMemoryError: with the peak and the settings to change (exit 71).
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as err:
+        if type(err) is RuntimeError and not any(sign in str(err) for sign in _OUT_OF_MEMORY):
+            raise
+        longest = max(len(row.input_ids) for row in splits.train.rows)
+        raise OutOfMemoryError(
+            f"out of memory with {section.micro_batch_sequences} rows of up to {longest} tokens "
+            f"({peak_memory_gib():.2f} GiB at the peak): {(str(err) or type(err).__name__).splitlines()[0]}",
+            hint="halve train.micro_batch_sequences and double train.gradient_accumulation_steps (now "
+            f"{section.micro_batch_sequences} and {section.gradient_accumulation_steps}); then "
+            "train.gradient_checkpointing: true, base.quantization: nf4, a lower data.max_seq_tokens",
+        ) from err

@@ -1,11 +1,12 @@
 """A GGUF file becomes a dense base once, the same for two processes at once; a broken one says so."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
-from lora_tune.errors import MissingInputError
+from lora_tune.errors import CannotWriteError, MissingInputError
 from lora_tune.model.dense import ready_base
 from lora_tune.model.load import load_base, load_tokenizer
 from lora_tune.model.resolve import locate
@@ -18,6 +19,12 @@ LAYER = {
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _cache_of_each_test(tmp_path, monkeypatch):
+    """The file is the same in every test, so a shared cache would hold its copy from the first one on."""
+    monkeypatch.setenv("LORA_TUNE_CACHE", str(tmp_path / "cache"))
 
 
 def write_gguf(path):
@@ -113,6 +120,47 @@ def test_two_processes_at_once_make_one_copy(tmp_path):
     folder = locate(BaseSection(name=str(tmp_path / "tiny.gguf"))).path
     assert (folder / "complete.json").is_file()
     assert not [path for path in folder.parent.iterdir() if path.name.startswith(f".{folder.name}")]
+
+
+def test_an_unfinished_copy_and_old_leftovers_are_replaced(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf")
+    section = BaseSection(name=str(tmp_path / "tiny.gguf"))
+    folder = locate(section).path
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"half")
+    left = [folder.with_name(name) for name in (f".{folder.name}-old12345", ".fetch-old12345")]
+    fresh = [folder.with_name(name) for name in (f".{folder.name}-new12345", ".fetch-new12345")]
+    for path in (*left, *fresh):
+        path.mkdir()
+        (path / "x").write_text("x")
+    for path in left:
+        os.utime(path, (0, 0))
+    assert ready_base(section, _quiet).folder == folder
+    assert locate(section).present
+    assert not any(path.exists() for path in left)
+    assert all(path.exists() for path in fresh)
+
+
+def test_a_disk_that_fills_up_while_converting_is_exit_74_and_leaves_nothing(tmp_path, monkeypatch):
+    import transformers
+    from safetensors import SafetensorError
+
+    write_gguf(tmp_path / "tiny.gguf")
+    section = BaseSection(name=str(tmp_path / "tiny.gguf"))
+
+    def fail(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", fail)
+    with pytest.raises(CannotWriteError) as caught:
+        ready_base(section, _quiet)
+    assert caught.value.exit_code == 74
+    folder = locate(section).path
+    assert not [
+        path
+        for path in folder.parent.iterdir()
+        if path.name.startswith((folder.name, f".{folder.name}")) and path.is_dir()
+    ]
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model at all" * 100])

@@ -1,5 +1,6 @@
 """Hostile and broken adapter folders: each is refused with a reason, and the reason names what is wrong."""
 
+import hashlib
 import json
 import os
 import struct
@@ -8,16 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lora_tune.adapter import registry
-from lora_tune.adapter.door import CONFIG, WEIGHTS, check_fits, open_adapter
-from lora_tune.errors import (
-    AdapterError,
-    AdapterMismatchError,
-    CannotCreateError,
-    LoraTuneError,
-    MissingInputError,
-    UsageError,
-)
+from lora_tune.adapter import door
+from lora_tune.adapter.door import CONFIG, WEIGHTS, open_adapter, read_weights
+from lora_tune.adapter.live import check_fits
+from lora_tune.adapter.manifest import FILE_NAME
+from lora_tune.errors import AdapterError, AdapterMismatchError, LoraTuneError, RefusedError
 
 MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]
 GOOD = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "bias": "none",
@@ -63,6 +59,12 @@ CONFIGS = {
     "an initialization that changes the base": {"init_lora_weights": "pissa"}, "code to import": {"auto_mapping": {"base_model_class": "os"}},
     "layer replication": {"layer_replication": [[0, 2]]}, "a loftq file": {"loftq_config": {"file": "x"}},
     "a corda cache file": {"corda_config": {"cache_file": "/etc/passwd"}}, "dora without magnitudes": {"use_dora": True},
+    "too many targets": {"target_modules": ["q_proj", "v_proj", *(f"m{n}" for n in range(255))]},
+    "a target with a line break": {"target_modules": ["q_proj", "v_proj", "x\n"]},
+    "a base's name that a terminal obeys": {"base_model_name_or_path": "x\x1b[2Jy"},
+    "a base's name of half a character": {"base_model_name_or_path": "x\udc80y"},
+    "a base's name that is no text": {"base_model_name_or_path": ["x"]}, "a base's name that is a book": {"base_model_name_or_path": "x" * 513},
+    "a setting that a terminal obeys": {"\x1b[2J": 1}, "a rank that a terminal obeys": {"r": "\x1b[2J"},
     "a flag that is no flag": {"use_rslora": "yes"}, "tokens of its own": {"trainable_token_indices": [1]},
 }  # fmt: skip
 
@@ -76,6 +78,8 @@ def test_a_hostile_config_is_refused(tmp_path, config):
     with pytest.raises(AdapterError) as caught:
         open_adapter(write(tmp_path / "a", config))
     assert caught.value.exit_code == 77
+    assert caught.value.message.isprintable()
+    assert len(caught.value.message) < 1000
 
 
 def _changed(**change):
@@ -102,6 +106,10 @@ CONTENTS = {
     "an unknown dtype": _changed(dtype="I64", shape=[1, 8]), "a shape that lies": _changed(shape=[2, 9]),
     "an overflowing shape": _changed(shape=[0, 2**40]), "a negative size": _changed(shape=[-2, -8]),
     "NaN": _changed(data=struct.pack("<16f", float("nan"), *range(15))),
+    "a shape of a thousand dimensions": _changed(shape=[2**40] * 1000), "a shape that is no list": _changed(shape="22"),
+    "a name with a line break": _changed(name="base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight\n"),
+    "a name as long as a book": _changed(name=f"base_model.model.{'a.' * 5000}q_proj.lora_A.weight"),
+    "a dtype that a terminal obeys": _changed(dtype="\x1b[2J"),
     "infinity": _changed(data=struct.pack("<16f", *range(15), float("inf"))), "nothing": {},
 }  # fmt: skip
 
@@ -111,9 +119,13 @@ def test_hostile_tensors_are_refused(tmp_path, content):
     with pytest.raises(AdapterError) as caught:
         open_adapter(write(tmp_path / "a", content=content))
     assert caught.value.exit_code == 77
+    assert caught.value.message.isprintable()
+    assert len(caught.value.message) < 1000
 
 
-def test_nan_is_found_in_every_tensor(tmp_path):
+@pytest.mark.parametrize("chunk_bytes", [4, 16, 64])
+def test_nan_is_found_in_every_tensor_and_chunk(tmp_path, monkeypatch, chunk_bytes):
+    monkeypatch.setattr(door, "_CHUNK_BYTES", chunk_bytes)
     for name in tensors():
         content = tensors()
         content[name] = ("F32", content[name][1], struct.pack("<16f", *range(15), float("nan")))
@@ -129,6 +141,8 @@ def test_nan_is_found_in_every_tensor(tmp_path):
         "fifo",
         "folder",
         "no config",
+        "not UTF-8",
+        "big weights",
         "big config",
         "deep config",
         "duplicate key",
@@ -150,6 +164,11 @@ def test_hostile_files_are_refused(tmp_path, what):
         }[what]()
     elif what == "no config":
         config.unlink()
+    elif what == "not UTF-8":
+        config.write_bytes(b"\xff\xfe{")
+    elif what == "big weights":
+        with weights.open("ab") as stream:
+            stream.truncate(door.MAX_WEIGHTS_BYTES + 1)
     elif what == "big config":
         config.write_text(json.dumps(GOOD | {"x": "y" * 100_000}))
     elif what == "deep config":
@@ -178,47 +197,86 @@ def test_no_damage_to_the_weights_file_is_an_uncaught_exception(tmp_path, positi
         assert err.message
 
 
+@pytest.mark.parametrize("link", ["/etc/passwd", "nowhere"])
+def test_a_linked_passport_is_refused_and_not_taken_for_none(tmp_path, link):
+    folder = write(tmp_path / "a")
+    (folder / FILE_NAME).symlink_to(link)
+    with pytest.raises(AdapterError, match="not a regular file"):
+        open_adapter(folder)
+
+
+def test_many_targets_and_layers_are_matched_at_once(tmp_path):
+    modules = [f"model.layers.{n}.x.m{n % 250}" for n in range(4000)]
+    content = {}
+    for module in modules:
+        content[f"base_model.model.{module}.lora_A.weight"] = ("F16", [1, 1], b"\0\0")
+        content[f"base_model.model.{module}.lora_B.weight"] = ("F16", [1, 1], b"\0\0")
+    folder = write(tmp_path / "a", {"r": 1, "target_modules": [f"m{n}" for n in range(250)]}, content)
+    assert len(open_adapter(folder).shape.modules) == 4000
+
+
+def test_the_digest_is_that_of_the_file(tmp_path):
+    files = open_adapter(write(tmp_path / "a"))
+    assert files.weights_digest == hashlib.sha256((files.folder / WEIGHTS).read_bytes()).hexdigest()
+    assert files.config_digest == hashlib.sha256((files.folder / CONFIG).read_bytes()).hexdigest()
+    assert read_weights(files) == (files.folder / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("how", ["other bytes", "more bytes", "a link"])
+def test_weights_that_change_after_the_door_are_refused(tmp_path, how):
+    files = open_adapter(write(tmp_path / "a"))
+    path = files.folder / WEIGHTS
+    content = path.read_bytes()
+    path.unlink()
+    if how == "a link":
+        (tmp_path / "same").write_bytes(content)
+        path.symlink_to(tmp_path / "same")
+    else:
+        path.write_bytes(content[:-1] + b"x" if how == "other bytes" else content + b"x")
+    with pytest.raises(RefusedError) as caught:
+        read_weights(files)
+    assert caught.value.exit_code == 77
+
+
 def test_shapes_are_held_against_the_base(tmp_path):
     files = open_adapter(write(tmp_path / "a"))
     fits = {f"{module}.weight": (8, 8) for module in MODULES}
-    check_fits(files, fits)
+    check_fits(files, fits, conv1d=False)
     with pytest.raises(AdapterMismatchError, match="no such layer"):
-        check_fits(files, {"model.layers.0.self_attn.q_proj.weight": (8, 8)})
+        check_fits(files, {"model.layers.0.self_attn.q_proj.weight": (8, 8)}, conv1d=False)
     with pytest.raises(AdapterMismatchError, match="in the base"):
-        check_fits(files, fits | {f"{MODULES[1]}.weight": (16, 8)})
+        check_fits(files, fits | {f"{MODULES[1]}.weight": (16, 8)}, conv1d=False)
 
 
-def test_the_registry_numbers_versions_and_finds_them(tmp_path):
-    source, root = write(tmp_path / "a"), tmp_path / "adapters"
-    first = registry.add(source, "home", root=root)
-    second = registry.add(write(tmp_path / "b", {"lora_alpha": 8}), "home", root=root)
-    assert (first.spec, second.spec) == ("home@1", "home@2")
-    assert registry.find("home", root=root) == second.folder
-    assert registry.find("home@1", root=root) == first.folder
-    digest = registry.content_digest(open_adapter(first.folder))
-    assert registry.find(f"home@sha256:{digest[:12]}", root=root) == first.folder
-    assert registry.find(str(source), root=root) == source
-    assert [json.loads(line)["version"] for line in (root / "journal.jsonl").read_text().splitlines()] == [1, 2]
+def _widening(folder, module):
+    """An adapter of one layer, 4 → 8."""
+    content = {
+        f"base_model.model.{module}.lora_A.weight": ("F32", [2, 4], struct.pack("<8f", *range(8))),
+        f"base_model.model.{module}.lora_B.weight": ("F32", [8, 2], struct.pack("<16f", *range(16))),
+    }
+    return open_adapter(write(folder, {"target_modules": [module.rsplit(".", 1)[-1]]}, content))
 
 
-def test_what_is_not_in_the_registry_is_named_with_close_names(tmp_path):
-    registry.add(write(tmp_path / "a"), "home-assistant", root=tmp_path / "r")
-    with pytest.raises(MissingInputError, match="did you mean home-assistant"):
-        registry.find("home-asistant", root=tmp_path / "r")
-    with pytest.raises(MissingInputError, match="it has 1"):
-        registry.find("home-assistant@7", root=tmp_path / "r")
+def test_a_transposed_layer_fits_only_conv1d(tmp_path):
+    files = _widening(tmp_path / "a", "transformer.h.0.attn.c_attn")
+    check_fits(files, {"transformer.h.0.attn.c_attn.weight": (8, 4)}, conv1d=False)
+    check_fits(files, {"h.0.attn.c_attn.weight": (4, 8)}, conv1d=True)
+    for shape, conv1d in (((4, 8), False), ((8, 4), True), ((8, 4, 1), False), ((32,), False)):
+        with pytest.raises(AdapterMismatchError, match="in the base"):
+            check_fits(files, {"transformer.h.0.attn.c_attn.weight": shape}, conv1d=conv1d)
 
 
-@pytest.mark.parametrize("name", ["../x", "/abs", "a/b", "", "A", "a b", ".", "x" * 64, "-x", "a\x00b"])
-def test_hostile_names_write_nothing(tmp_path, name):
-    with pytest.raises((UsageError, CannotCreateError)):
-        registry.add(write(tmp_path / "a"), name, root=tmp_path / "r")
-    assert not (tmp_path / "r").exists()
-
-
-def test_a_folder_that_is_no_adapter_is_not_registered(tmp_path):
-    folder = write(tmp_path / "a", {"r": 0})
-    with pytest.raises(AdapterError):
-        registry.add(folder, "home", root=tmp_path / "r")
-    assert not (tmp_path / "r" / "home" / "1").exists()
-    assert not (tmp_path / "r" / "journal.jsonl").exists()
+def test_layers_are_found_where_a_file_names_them_otherwise(tmp_path):
+    files = _widening(tmp_path / "a", "model.language_model.layers.3.self_attn.q_proj")
+    check_fits(files, {"language_model.model.layers.3.self_attn.q_proj.weight": (8, 4)}, conv1d=False)
+    # The vision tower has a layer of the same number and name; one of the two must fit.
+    vision = {"vision_tower.encoder.layers.3.self_attn.q_proj.weight": (16, 16)}
+    check_fits(files, vision | {"language_model.model.layers.3.self_attn.q_proj.weight": (8, 4)}, conv1d=False)
+    with pytest.raises(AdapterMismatchError, match="in the base"):
+        check_fits(files, vision | {"language_model.model.layers.3.self_attn.q_proj.weight": (4, 8)}, conv1d=False)
+    with pytest.raises(AdapterMismatchError, match="no such layer"):
+        check_fits(files, {"language_model.model.layers.13.self_attn.q_proj.weight": (8, 4)}, conv1d=False)
+    # A name that is the same in both decides alone.
+    exact = {"model.language_model.layers.3.self_attn.q_proj.weight": (16, 16)}
+    with pytest.raises(AdapterMismatchError, match="in the base"):
+        check_fits(files, exact | {"other.layers.3.self_attn.q_proj.weight": (8, 4)}, conv1d=False)

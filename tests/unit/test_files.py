@@ -53,6 +53,21 @@ def test_runs_get_folders_of_their_own(tmp_path):
     assert len(folders) == 3
 
 
+def test_runs_that_race_for_a_name_get_the_next_one(tmp_path, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    monkeypatch.setattr("lora_tune.run_dir.time.strftime", lambda _: "20260101-000000")
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(lambda _: create_run_dir("a", root=tmp_path).path.name, range(16)))
+    assert sorted(paths) == sorted(["a-20260101-000000", *(f"a-20260101-000000-{n}" for n in range(2, 17))])
+
+
+def test_a_root_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CannotCreateError):
+        create_run_dir("a", root=tmp_path / "file")
+
+
 def test_a_run_never_writes_into_a_folder_that_holds_something(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")

@@ -110,4 +110,5 @@ def test_data_settings_change_the_rows(tmp_path, tokenizer):
     assert digest(max_seq_tokens=longest - 1, too_long="cut_right") != digest(max_seq_tokens=longest - 1)
     named = check_rows(DataSection(path=str(alpaca), format="alpaca"), seed=0).train[0].messages
     assert named != check_rows(DataSection(path=str(alpaca), format="prompt-completion"), seed=0).train[0].messages
-    assert read_template("builtin:plain") != read_template("{{ messages }}")
+    (tmp_path / "own.txt").write_text("{{ messages }}")
+    assert read_template("builtin:plain") != read_template(str(tmp_path / "own.txt")) == "{{ messages }}"

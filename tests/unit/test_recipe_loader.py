@@ -57,6 +57,21 @@ MISTAKES = [
     ("rows not there", "rows.jsonl", "nowhere.jsonl", "data.path", 3, 66),
     ("held-out rows not there", "eval_split: 0.1", "eval_path: nowhere.jsonl", "data.eval_path", 3, 66),
     ("template not there", "eval_split: 0.1", "eval_split: 0.1, chat_template: no.jinja", "data.chat_template", 3, 66),
+    ("template that is no file", "eval_split: 0.1", "eval_split: 0.1, chat_template: '{{ messages }}'", "data.chat_template", 3, 66),
+    ("unknown built-in template", "eval_split: 0.1", "eval_split: 0.1, chat_template: builtin:zzz", "data.chat_template", 3, 65),
+    ("large template", "eval_split: 0.1", "eval_split: 0.1, chat_template: large.jinja", "data.chat_template", 3, 65),
+    ("template not UTF-8", "eval_split: 0.1", "eval_split: 0.1, chat_template: latin.jinja", "data.chat_template", 3, 65),
+    ("misspelt built-in base", "builtin:smollm2-135m", "builtin:smollm", "base.name", 2, 65),
+    ("path too long", "rows.jsonl", "r" * 300 + ".jsonl", "data.path", 3, 66),
+    ("base name too long", "builtin:smollm2-135m", "r" * 300, "base.name", 2, 66),
+    ("home of nobody", "rows.jsonl", "~no-such-user/rows.jsonl", "data.path", 3, 66),
+    ("base in the home of nobody", "builtin:smollm2-135m", "~no-such-user/base", "base.name", 2, 66),
+    ("rows built in", "rows.jsonl", "builtin:rows", "data.path", 3, 66),
+    ("directive", "version: 1", "%YAML 1.1\n---", "directive %YAML", 1, 65),
+    ("unknown directive", "version: 1", "%FOO bar\n---", "directive %FOO", 1, 65),
+    ("version is true", "version: 1", "version: true", "version", 1, 65),
+    ("version is a fraction", "version: 1", "version: 1.0", "version", 1, 65),
+    ("head by its full name", "rank: 8", "targets: [model.lm_head]", "lora.targets", 4, 65),
     ("base folder not there", "builtin:smollm2-135m", "./no-such-folder", "base.name", 2, 66),
 ]  # fmt: skip
 
@@ -64,6 +79,8 @@ MISTAKES = [
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"messages": []}\n')
+    (tmp_path / "large.jinja").write_text("x" * (64 * 1024 + 1))
+    (tmp_path / "latin.jinja").write_bytes(b"caf\xe9")
     return tmp_path
 
 
@@ -136,6 +153,43 @@ def test_set_overrides_the_recipe_and_its_mistakes_are_named(folder):
         load_recipe(path, ["lora.rnak=4"])
     with pytest.raises(UsageError):
         load_recipe(path, ["rank"])
+
+
+@pytest.mark.parametrize(
+    "override", ["lora.rank=[", "lora.rank=&a 4", "lora.rank=eight", "base.name=*a", "data.path='${ROWS}", "lora=5"]
+)
+def test_a_bad_override_is_reported_once(folder, override):
+    for text in (GOOD, GOOD.replace("{name: builtin:smollm2-135m}", "{}")):
+        if text != GOOD and not override.startswith("base.name"):
+            continue
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(_write(folder, text), [override])
+        assert "1 problem\n" in caught.value.message, caught.value.message
+        assert f"--set {override.partition('=')[0]}: " in caught.value.message
+
+
+def test_a_misspelt_builtin_gets_a_suggestion(folder):
+    with pytest.raises(RecipeError, match="did you mean `builtin:smollm2-135m`"):
+        load_recipe(_write(folder, GOOD.replace("smollm2-135m", "smollm")))
+
+
+def test_a_template_may_have_any_suffix(folder):
+    (folder / "chat.txt").write_text("{{ messages }}")
+    text = GOOD.replace("eval_split: 0.1", "eval_split: 0.1, chat_template: chat.txt")
+    assert load_recipe(_write(folder, text)).recipe.data.chat_template == str(folder / "chat.txt")
+    text = text.replace("chat.txt", "builtin:plain")
+    assert load_recipe(_write(folder, text)).recipe.data.chat_template == "builtin:plain"
+
+
+def test_the_gpu_recipes_measure_while_they_train():
+    recipes = sorted(Path(__file__).parents[2].glob("recipes/gpu/*.yaml"))
+    assert len(recipes) >= 5
+    for path in recipes:
+        recipe = load_recipe(path).recipe
+        rows = len(Path(recipe.data.path).read_text().splitlines())
+        per_step = recipe.train.micro_batch_sequences * recipe.train.gradient_accumulation_steps
+        assert recipe.eval.every_steps is not None
+        assert rows / per_step * recipe.train.epochs >= 2 * recipe.eval.every_steps, path
 
 
 def test_the_resolved_recipe_loads_to_an_equal_one(folder):

@@ -63,6 +63,13 @@ BAD_ROWS = [
     ('{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}, {"role": "assistant", "content": "z"}]}', "second user turn"),
     ('{"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "y"}, {"role": "assistant", "content": "z"}]}', "system message"),
     ('{"messages": []}', "no messages"),
+    ('{"n": ' + "1" * 5000 + "}", "a number of 5000 digits"),
+    ('{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "x"}]}', "surrogate pair (\\ud800)"),
+    ('{"\\udfff": 1}', "surrogate pair"),
+    ('{"messages": [], "messages": []}', "key 'messages' is written twice"),
+    ('{"messages": [{"role": "user", "role": "assistant", "content": "x"}]}', "key 'role' is written twice"),
+    ('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "tools": [{}]}', "column 'tools' is filled"),
+    ('{"x": ' + "[" * 900 + "]" * 900 + "}", "nested too deep"),
 ]  # fmt: skip
 
 
@@ -130,6 +137,71 @@ def test_copies_and_leaks_are_warned_of(tmp_path):
     warnings = check_rows(DataSection(path=str(train), eval_path=str(held)), seed=0).warnings
     assert any("exact copies" in warning for warning in warnings)
     assert any("held-out rows are also trained" in warning for warning in warnings)
+
+
+def _refusal(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(DataError) as caught:
+        check_rows(DataSection(path=str(path)), seed=0)
+    return caught.value.message
+
+
+@pytest.mark.parametrize("value", ["0", "false", "[]", "{}"])
+@pytest.mark.parametrize("column", ["input", "system"])
+def test_an_alpaca_cell_that_is_no_text_is_refused(tmp_path, column, value):
+    row = f'{{"instruction": "a", "output": "b", "{column}": {value}}}\n'
+    assert f"rows.jsonl:1: {column} is a" in _refusal(tmp_path, "rows.jsonl", row)
+
+
+def test_an_alpaca_cell_may_be_null(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "a", "input": None, "output": "b", "system": None}])
+    assert [m.content for m in check_rows(DataSection(path=str(path)), seed=0).train[0].messages] == ["a", "b"]
+
+
+@pytest.mark.parametrize("column", ["tools", "functions", "history", "images"])
+def test_a_filled_column_that_changes_the_meaning_is_refused(tmp_path, column):
+    row = {"instruction": "a", "output": "b", column: [["x", "y"]]}
+    assert f"rows.jsonl:1: column '{column}' is filled" in _refusal(tmp_path, "rows.jsonl", json.dumps(row))
+
+
+def test_unused_columns_are_counted_with_a_suggestion(tmp_path):
+    rows = [{"instruction": f"a{n}", "output": "b", "sytem": "s", "history": []} for n in range(3)]
+    path = write_jsonl(tmp_path / "rows.jsonl", [*rows, {"instruction": "a", "output": "b", "id": 1}])
+    assert list(check_rows(DataSection(path=str(path)), seed=0).warnings) == [
+        "column 'sytem' is not used, in 3 of 4 rows; did you mean 'system'?",
+        "column 'history' is not used, in 3 of 4 rows",
+        "column 'id' is not used, in 1 of 4 rows",
+    ]
+
+
+def test_defects_in_a_json_list_name_their_row(tmp_path):
+    good = json.dumps(home_rows(1)[0])
+    message = _refusal(
+        tmp_path, "rows.json", f'[{good}, {{"a": 1, "a": 2}}, {{"a": {"9" * 5000}}}, {{"a": "\\ud800"}}]'
+    )
+    assert "row 2: key 'a' is written twice" in message
+    assert "row 3: a number of 5000 digits" in message
+    assert "row 4: half of a surrogate pair" in message
+
+
+def test_csv_lines_are_right_after_blank_lines_and_cells_may_be_long(tmp_path):
+    import csv
+
+    usual = csv.field_size_limit()
+    path = tmp_path / "rows.csv"
+    path.write_text(f'\nprompt,completion\n\n\na,b\n"c\n\n",d\n\n{"x" * 300_000},e\nbad\n', encoding="utf-8")
+    found = read_rows(path)
+    assert [row.where.rpartition(":")[2] for row in found.rows] == ["5", "6", "10"]
+    assert found.problems == [f"{path}:11: 1 cells, but the header names 2 columns"]
+    assert len(found.rows[2].values["prompt"]) == 300_000
+    assert csv.field_size_limit() == usual
+
+
+@pytest.mark.parametrize("name", ["r" * 300 + ".jsonl", "a\0b.jsonl"])
+def test_a_path_that_cannot_be_is_missing(tmp_path, name):
+    with pytest.raises(MissingInputError):
+        read_rows(tmp_path / name)
 
 
 def test_missing_files_and_unknown_suffixes(tmp_path):
