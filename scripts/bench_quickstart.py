@@ -22,7 +22,10 @@ def measure(recipe: str, folder: Path) -> dict[str, object]:
     run, registry = folder / "run", folder / "adapters"
     start = time.monotonic()
     subprocess.run(
-        [LORA_TUNE, "train", f"recipes/{recipe}.yaml", "--run-dir", run, "--registry", registry], cwd=ROOT, check=True
+        [LORA_TUNE, "train", f"recipes/{recipe}.yaml", "--run-dir", run, "--registry", registry],
+        cwd=ROOT,
+        check=True,
+        stdout=sys.stderr,
     )
     seconds = time.monotonic() - start
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))

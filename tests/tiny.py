@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lora_tune.recipe.template import PLAIN_TEMPLATE
+
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -14,6 +16,17 @@ WORDS = [
     '{"device": "lights", "room": "kitchen", "action": "on"}', "What is the capital of France? Paris.", "0 1 2 3 4 5 6 7 8 9",
     "system user assistant ### System: ### User: ### Assistant:",
 ]  # fmt: skip
+TEMPLATES = {
+    "chatml": CHATML,
+    "plain": PLAIN_TEMPLATE,
+    "default system": "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}" + CHATML,
+    "trimming": CHATML.replace("message['content']", "message['content'] | trim"),
+    "thinking block": CHATML.replace(
+        "message['role'] + '\n' +", "message['role'] + '\n' + ('<think>\n\n</think>\n\n' if message['role'] == 'assistant' else '') +"
+    ),
+    "bos first": "{{ bos_token }}" + CHATML,
+}  # fmt: skip
+"""Chat templates of the kinds there are; each ends a turn with `<|im_end|>`."""
 ARCHITECTURES = ("llama", "qwen3", "gemma", "mistral", "phi3", "gpt2")
 
 

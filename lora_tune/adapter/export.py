@@ -157,7 +157,7 @@ def _manifest(
     model: Any, tokenizer: Any, stage: Path, origin: Provenance, probes: tuple[Probe, ...]
 ) -> AdapterManifest:
     written = open_adapter(stage)
-    print_ = fingerprint(origin.base_files.folder)
+    identity = fingerprint(origin.base_files.folder)
     digests = tokenizer_digest(tokenizer_files(origin.base_files.folder), chat_template=tokenizer.chat_template)
     return AdapterManifest(
         name=origin.name,
@@ -166,7 +166,7 @@ def _manifest(
             revision=origin.base_files.revision,
             quantization=origin.base.quantization,
             dtype=origin.dtype,
-            **print_.as_dict(),
+            **identity.as_dict(),
         ),
         tokenizer=TokenizerFacts(**digests, own_template=origin.own_template),
         lora=LoraFacts(

@@ -282,6 +282,8 @@ def _event_lines(event: Mapping[str, Any]) -> list[str]:
         return [
             f"model: {event['trainable']:,} trained numbers, computed in {event['dtype']} on {event['device']}{held}"
         ]
+    if event["event"] == "warning":
+        return [f"warning: {event['message']}"]
     if event["event"] == "exported":
         return [f"exported to {event['adapter']}, loaded back and equal"]
     if event["event"] == "held_out":

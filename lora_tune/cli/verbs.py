@@ -35,6 +35,8 @@ def check(path: Path, overrides: Sequence[str], *, tokens: bool) -> dict[str, An
 
         ready = prepare(recipe.base, recipe.data, recipe.lora.targets, lambda event: None, seed=recipe.train.seed)
         found["tokens"] = ready.splits.counts()
+        found["steps"] = _steps(recipe, len(ready.splits.train.rows))
+    found["warnings"] += _step_warnings(recipe, found["steps"])
     return found
 
 
@@ -82,6 +84,8 @@ def train(
     from lora_tune.training.run import train as run_training
 
     ready = prepare(recipe.base, recipe.data, recipe.lora.targets, notify, seed=recipe.train.seed)
+    for warning in _step_warnings(recipe, _steps(recipe, len(ready.splits.train.rows))):
+        notify({"event": "warning", "message": warning})
     run = create_run_dir(recipe.output.name, path=run_dir)
     return run_training(loaded, ready, run, notify, evaluate=measure, registry_root=root).as_dict()
 
@@ -133,7 +137,7 @@ def _held_out_rows(
     Without `data` they are the held-out rows of the run that made the adapter, if that run is still on this machine.
     """
     trained = adapter.manifest.recipe["data"] if adapter.manifest else {}
-    kept = {key: trained[key] for key in ("train_on", "max_seq_tokens") if key in trained}
+    kept = {key: trained[key] for key in ("train_on", "max_seq_tokens", "too_long") if key in trained}
     if data is not None:
         section = DataSection(path=str(data), **kept)
         return section, check_rows(section, seed=0).train
@@ -320,6 +324,14 @@ def _open(spec: str, registry: Path | None) -> AdapterFiles:
 
 def _root(registry: Path | None) -> Path:
     return registry if registry is not None else shelf.registry_root()
+
+
+def _step_warnings(recipe: Recipe, steps: int) -> list[str]:
+    every = recipe.eval.every_steps
+    if every is None or every <= steps:
+        return []
+    stopping = ", and early stopping never looks" if recipe.eval.early_stopping_patience is not None else ""
+    return [f"eval.every_steps is {every}, but there are {steps} steps: nothing is measured while training{stopping}"]
 
 
 def _steps(recipe: Recipe, rows: int) -> int:

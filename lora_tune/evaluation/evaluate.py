@@ -1,5 +1,6 @@
 """Base beside adapter on held-out rows: loss, perplexity, token accuracy, exact match of generated answers."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -99,6 +100,7 @@ def _score(model: Any, rows: Sequence[TokenizedRow], pad_id: int) -> tuple[float
     """Return summed negative log-likelihood (nats), correct first choices and count of the trained tokens."""
     import torch
 
+    takes_positions = "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters
     nll, correct, count = 0.0, 0, 0
     for batch in _batches(rows):
         width = max(len(row.input_ids) for row in batch)
@@ -111,9 +113,14 @@ def _score(model: Any, rows: Sequence[TokenizedRow], pad_id: int) -> tuple[float
         trained = torch.tensor(
             [[*row.trained, *[False] * (width - len(row.trained))] for row in batch], device=model.device
         )
+        # Only where a token is trained: whole rows on a large vocabulary would not fit.
+        positions = trained[:, 1:].any(dim=0).nonzero().flatten()
+        kept = {"logits_to_keep": positions} if takes_positions else {}
         with torch.no_grad():
-            logits = model(input_ids=ids, attention_mask=seen, use_cache=False).logits[:, :-1][trained[:, 1:]].float()
-        targets = ids[:, 1:][trained[:, 1:]]
+            logits = model(input_ids=ids, attention_mask=seen, use_cache=False, **kept).logits
+        counted = trained[:, 1:][:, positions]
+        logits = (logits if takes_positions else logits[:, positions])[counted].float()
+        targets = ids[:, 1:][:, positions][counted]
         nll += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
         correct += int((logits.argmax(-1) == targets).sum())
         count += int(targets.numel())

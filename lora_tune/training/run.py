@@ -95,12 +95,12 @@ def _write_run_facts(run: RunDir, loaded: LoadedRecipe, ready: Prepared) -> None
     recipe = loaded.recipe
     run.write("recipe.yaml", loaded.text)
     run.write("recipe.resolved.yaml", dump_recipe(recipe))
-    print_ = fingerprint(ready.files.folder)
+    identity = fingerprint(ready.files.folder)
     if Path(recipe.base.name).is_absolute():
-        remember_base(print_.weights, recipe.base.name)
+        remember_base(identity.weights, recipe.base.name)
     run.write_json("run.json", {
         "versions": library_versions(),
-        "base": {"name": recipe.base.name, "revision": ready.files.revision, **print_.as_dict()},
+        "base": {"name": recipe.base.name, "revision": ready.files.revision, **identity.as_dict()},
         "chat_template": hashlib.sha256(ready.tokenizer.chat_template.encode()).hexdigest(),
         "data": {"digest": ready.splits.digest, "counts": ready.splits.counts()},
         "recipe_digest": canonical_digest(portable(recipe)),

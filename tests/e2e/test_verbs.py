@@ -401,8 +401,7 @@ def test_exact_match_compares_with_what_the_model_would_write(trained, tokenizer
     from lora_tune.data.tokens import answer_ids
     from lora_tune.evaluation import evaluate as evaluation
     from lora_tune.recipe.schema import DataSection
-    from tests.tiny import tiny_tokenizer
-    from tests.unit.test_tokens import TEMPLATES
+    from tests.tiny import TEMPLATES, tiny_tokenizer
 
     thinking = tiny_tokenizer()
     thinking.chat_template = TEMPLATES["thinking block"]
@@ -440,3 +439,40 @@ def test_a_gpu_recipe_is_copied_beside_its_rows(tmp_path, capsys):
 def test_debug_shows_a_traceback_and_keeps_the_exit_code(capsys):
     assert run(["check", "no-such.yaml", "--debug"]) == 66
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_measurements_that_never_come_are_warned_of(trained, capsys):
+    _, found = _json(
+        capsys,
+        "check",
+        trained / "recipe.yaml",
+        "--set",
+        "eval.every_steps=7",
+        "--set",
+        "eval.early_stopping_patience=1",
+    )
+    assert any("early stopping never looks" in warning for warning in found["warnings"])
+    _, found = _json(capsys, "check", trained / "recipe.yaml", "--set", "eval.every_steps=6")
+    assert found["warnings"] == []
+
+
+def test_the_held_out_loss_is_the_mean_over_trained_tokens(trained):
+    """An independent path: one row at a time, transformers' own loss."""
+    import torch
+
+    from lora_tune.adapter.door import open_adapter
+    from lora_tune.adapter.live import open_live
+    from lora_tune.data.dataset import prepare_dataset
+    from lora_tune.data.tokens import loss_labels
+
+    recipe = load_recipe(trained / "run" / "recipe.resolved.yaml").recipe
+    live = open_live(open_adapter(trained / "run" / "adapter"), lambda *_: None)
+    rows = prepare_dataset(recipe.data, live.tokenizer, seed=recipe.train.seed).held_out.rows
+    summed, count = 0.0, 0
+    for row in rows:
+        ids, labels = torch.tensor([row.input_ids]), torch.tensor([loss_labels(row.input_ids, row.trained)])
+        with torch.no_grad():
+            summed += float(live.model(input_ids=ids, labels=labels).loss) * row.n_trained
+        count += row.n_trained
+    report = json.loads((trained / "run" / "report.json").read_text())
+    assert report["evaluation"]["adapter"]["loss"] == pytest.approx(summed / count, abs=1e-5)

@@ -1,5 +1,6 @@
 """No dead keys: for each setting, a changed value changes something that is built from it."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,6 +43,13 @@ def test_every_field_is_covered_here_and_the_total_is_capped():
     covered |= {"base.name", "base.dtype", "eval.every_steps", "eval.early_stopping_patience"}
     assert sorted(covered) == sorted(_all_fields())
     assert len(_all_fields()) <= MAX_KEYS
+
+
+def test_the_tests_named_here_exist():
+    root = Path(__file__).resolve().parents[2]
+    for shown in SHOWN_ELSEWHERE.values():
+        path, colons, name = shown.partition("::")
+        assert not colons or f"def {name}(" in (root / path).read_text(encoding="utf-8"), shown
 
 
 def test_every_field_says_what_it_is():
