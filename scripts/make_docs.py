@@ -10,7 +10,7 @@ import typing
 from pathlib import Path
 
 from lora_tune import errors
-from lora_tune.recipe.schema import SECTIONS, Recipe
+from lora_tune.recipe.schema import SECTIONS, MixedSet, Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 VERBS = [[], ["check"], ["preview"], ["train"], ["eval"], ["chat"], ["merge"], ["schema"], ["recipes", "ls"], ["recipes", "show"],
@@ -38,9 +38,20 @@ def recipe_page() -> str:
             "|---|---|---|---|",
         ]
         for key, field in section.model_fields.items():
-            default = "–" if field.is_required() else f"`{'null' if field.default is None else field.default}`"
-            lines.append(f"| `{name}.{key}` | {_type(section, key)} | {default} | {field.description} |")
+            default = "–" if field.is_required() else f"`{_default(field.get_default(call_default_factory=True))}`"
+            lines.append(f"| `{name}.{key}` | {_type(section, key)} | {default} | {_line(field.description)} |")
+            if key == "mix":
+                inner = [f"`{name}`: {_line(field.description)}" for name, field in MixedSet.model_fields.items()]
+                lines.append(f"| `{name}.mix[…]` | | | {'<br>'.join(inner)} |")
     return "\n".join(lines) + "\n"
+
+
+def _default(value: object) -> str:
+    return "null" if value is None else "[]" if value == () else str(value)
+
+
+def _line(text: str | None) -> str:
+    return " ".join((text or "").split())
 
 
 def _type(section: type, key: str) -> str:
@@ -51,6 +62,8 @@ def _type(section: type, key: str) -> str:
 def _one_type(schema: dict[str, typing.Any]) -> str:
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
+    if "$ref" in schema:
+        return "settings"
     if "const" in schema:
         return f"`{schema['const']}`"
     names = {
@@ -59,7 +72,8 @@ def _one_type(schema: dict[str, typing.Any]) -> str:
         "string": "text",
         "boolean": "true or false",
         "null": "null",
-        "array": "list of names",
+        "array": "list",
+        "object": "names to names",
     }
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     limits = [f"{sign} {schema[word]:g}" for word, sign in signs.items() if word in schema]

@@ -2,6 +2,7 @@
 
 import sys
 import traceback
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,20 +62,24 @@ Registry = Annotated[
 
 @app.command()
 def check(recipe: Recipe, set_: Sets = None, tokens: Annotated[bool, typer.Option("--tokens", help="Also tokenize every row.")] = False,
+          html: Annotated[Path | None, typer.Option("--html", help="Write it as a page, with a histogram and sample rows; implies --tokens.")] = None,
           as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
-    """Check a recipe and its rows; nothing is loaded, nothing written."""
-    from lora_tune.cli import verbs
+    """Check a recipe and its rows; no model is loaded, and nothing written but the page of --html."""
+    from lora_tune.cli import recipe_verbs
 
-    render.checked(verbs.check(recipe, set_ or (), tokens=tokens), as_json=as_json)
+    render.checked(
+        recipe_verbs.check(recipe, set_ or (), tokens=tokens or html is not None, html=html), as_json=as_json
+    )
 
 
 @app.command()
 def preview(recipe: Recipe, rows: Annotated[int, typer.Option("-n", min=1, help="Rows to show.")] = 3, set_: Sets = None,
+            html: Annotated[Path | None, typer.Option("--html", help="Also write them as a page with coloured masks.")] = None,
             as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
     """Show the tokens of some rows in colour, and which of them are trained."""
-    from lora_tune.cli import verbs
+    from lora_tune.cli import recipe_verbs
 
-    render.preview(verbs.preview(recipe, set_ or (), rows=rows), as_json=as_json)
+    render.preview(recipe_verbs.preview(recipe, set_ or (), rows=rows, html=html), as_json=as_json)
 
 
 @app.command()
@@ -83,11 +88,11 @@ def train(recipe: Recipe, set_: Sets = None,
           dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop before the base is loaded; nothing is written.")] = False,
           registry: Registry = None, as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
     """Train an adapter from a recipe, prove it, measure it and put it into the registry."""
-    from lora_tune.cli import verbs
+    from lora_tune.cli import recipe_verbs
 
     view = render.TrainView(as_json=as_json)
     with view:
-        outcome = verbs.train(
+        outcome = recipe_verbs.train(
             recipe, set_ or (), run_dir=run_dir, dry_run=dry_run, registry=registry, notify=view.notify
         )
     view.finish(outcome)
@@ -149,9 +154,9 @@ def merge(adapter: Adapter, out: Annotated[Path, typer.Argument(help="New folder
 @app.command()
 def schema(as_json: Json = False, debug: Debug = False) -> None:
     """Print the JSON Schema of a recipe, for editors."""
-    from lora_tune.cli import verbs
+    from lora_tune.cli import recipe_verbs
 
-    render.json_object(verbs.schema())
+    render.json_object(recipe_verbs.schema())
 
 
 @recipes_app.command("ls")
@@ -216,6 +221,9 @@ def adapters_verify(
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit with the code of docs/reference/exit-codes.md."""
     arguments = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, TextIOWrapper):
+        # Rows hold any character, and a terminal's encoding may lack it: show its number instead of failing.
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(run(arguments))
 
 

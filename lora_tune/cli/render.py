@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, Self
 
+from lora_tune.cli import ledger
+from lora_tune.cli.visible import visible, visible_lines
 from lora_tune.errors import LoraTuneError
 
 
@@ -72,11 +74,17 @@ def checked(found: Mapping[str, Any], *, as_json: bool) -> None:
         return
     data, base = found["data"], found["base"]
     print(f"{found['recipe']} is right")
-    print(f"  base   {base['name']} ({'on this machine' if base['on_this_machine'] else 'will be fetched'})")
-    print(f"  data   {data['train_rows']} rows to train on, {data['held_out_rows']} held out; {_format_note(data)}")
-    print(f"  steps  {found['steps']}")
-    for name, counts in found.get("tokens", {}).items():
-        print(f"  {name}: {_counts(counts)}")
+    print(f"  base    {base['name']} ({'on this machine' if base['on_this_machine'] else 'will be fetched'})")
+    rows = f"{data['train_rows']:,} rows to train on, {data['held_out_rows']:,} held out"
+    print(f"  data    {rows}; {ledger.format_in_words(data)}")
+    if data["labels"]:
+        print(f"  labels  {ledger.labels_in_words(data['labels'])}")
+    print(f"  steps   {found['steps']:,}")
+    if "page" in found:
+        print(f"  page    {visible(found['page'])}")
+    if "ledger" in found:
+        for line in ledger.ledger_lines(found["ledger"], blocks=_draws_blocks(sys.stdout)):
+            print(f"  {line}")
     for warning in found["warnings"]:
         note(f"warning: {warning}")
 
@@ -89,13 +97,16 @@ def preview(found: Mapping[str, Any], *, as_json: bool) -> None:
     on, off = ("\x1b[30;42m", "\x1b[0m") if coloured(sys.stdout) else ("[", "]")
     for row in found["rows"]:
         trained = sum(token["trained"] for token in row["tokens"])
-        print(f"{row['where']}: {len(row['tokens'])} tokens, {trained} trained (train_on: {found['train_on']})")
         print(
-            "".join(f"{on}{_shown(t['text'])}{off}" if t["trained"] else _shown(t["text"]) for t in row["tokens"])
-            + "\n"
+            f"{visible(row['where'])}: {len(row['tokens'])} tokens, {trained} trained (train_on: {found['train_on']})"
         )
-    for name, counts in found["counts"].items():
-        print(f"{name}: {_counts(counts)}")
+        print(
+            "".join(f"{on}{shown}{off}" if trained else shown for trained, shown in map(_shown, row["tokens"])) + "\n"
+        )
+    for line in ledger.set_lines(found["counts"]):
+        print(line)
+    if "page" in found:
+        print(f"page: {visible(found['page'])}")
 
 
 def evaluation(found: Mapping[str, Any], *, as_json: bool) -> None:
@@ -103,7 +114,7 @@ def evaluation(found: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
         json_object(found)
         return
-    print(f"{found['data']}: {_counts(found['counts'])}")
+    print(f"{found['data']}: {ledger.counts_in_words(found['counts'])}")
     _print_evaluation(found)
 
 
@@ -255,8 +266,8 @@ class TrainView:
             json_object({"event": "done", **report})
         elif report.get("dry_run"):
             print(report["recipe"], end="")
-            for name, counts in report["data"].items():
-                print(f"# {name}: {_counts(counts)}")
+            for line in ledger.set_lines(report["data"]):
+                print(f"# {line}")
             print(f"# {report['steps']} steps; nothing was written")
         else:
             _print_report(report)
@@ -274,9 +285,7 @@ class TrainView:
 
 def _event_lines(event: Mapping[str, Any]) -> list[str]:
     if event["event"] == "data":
-        lines = [f"data: {_format_note(event)}"]
-        lines += [f"  {name}: {_counts(counts)}" for name, counts in event["counts"].items()]
-        return lines + [f"warning: {warning}" for warning in event["warnings"]]
+        return ledger.event_lines(event)
     if event["event"] == "model":
         held = "" if event["quantization"] == "none" else f", base held in {event['quantization']}"
         return [
@@ -338,25 +347,21 @@ def _print_values(values: Mapping[str, Any], *, indent: int) -> None:
             print(f"{' ' * indent}{key:<{width}}  {shown}")
 
 
-def _counts(counts: Mapping[str, int]) -> str:
-    lost = f", {counts['trained_tokens_lost']} trained tokens lost" if counts["trained_tokens_lost"] else ""
-    return (
-        f"{counts['rows']} of {counts['rows_read']} rows ({counts['rows_dropped']} dropped, {counts['rows_cut']} cut{lost}), "
-        f"{counts['tokens']} tokens, {counts['trained_tokens']} trained ({counts['trained_tokens'] / max(1, counts['tokens']):.0%}), "
-        f"longest row {counts['longest_tokens']}"
-    )
+def _draws_blocks(stream: Any) -> bool:
+    """Return whether the stream's encoding has block characters."""
+    try:
+        "█▏–⋮".encode(getattr(stream, "encoding", None) or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
 
 
-def _format_note(data: Mapping[str, Any]) -> str:
-    return f"format {data['format']}{' (detected)' if data['detected'] else ''}"
-
-
-def _shown(token: str) -> str:
-    return token.replace("\x1b", "␛").replace("\n", "⏎\n")
+def _shown(token: Mapping[str, Any]) -> tuple[bool, str]:
+    return token["trained"], visible_lines(token["text"])
 
 
 def _one_line(answer: str, limit: int = 110) -> str:
-    flat = " ".join(answer.split())
+    flat = visible(" ".join(answer.split()))
     return flat if len(flat) <= limit else flat[: limit - 1] + "…"
 
 

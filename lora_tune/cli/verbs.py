@@ -1,6 +1,6 @@
-"""What each verb does, between the command line and the package: open, call, and give plain values back to render."""
+"""The verbs that start from an adapter or a base. Open, call, and give plain values back to render."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -8,98 +8,12 @@ from typing import Any, Literal, cast
 from lora_tune.adapter import registry as shelf
 from lora_tune.adapter.door import AdapterFiles, open_adapter
 from lora_tune.data.lint import check_rows
-from lora_tune.data.messages import Conversation
 from lora_tune.errors import AdapterMismatchError, LoraTuneError, UsageError
 from lora_tune.model.resolve import locate
-from lora_tune.recipe.loader import dump_recipe, load_recipe
-from lora_tune.recipe.schema import BaseSection, DataSection, Recipe
+from lora_tune.recipe.loader import load_recipe
+from lora_tune.recipe.schema import BaseSection, DataSection
 
 Progress = Callable[[str, float], None]
-
-
-def check(path: Path, overrides: Sequence[str], *, tokens: bool) -> dict[str, Any]:
-    """Return what is known of a recipe and its rows without loading anything heavy; with `tokens`, the counts too."""
-    loaded = load_recipe(path, overrides)
-    recipe = loaded.recipe
-    rows = check_rows(recipe.data, seed=recipe.train.seed)
-    base = locate(recipe.base)
-    found: dict[str, Any] = {
-        "recipe": str(path),
-        "base": {"name": recipe.base.name, "kind": base.kind, "on_this_machine": base.present},
-        "data": {"format": rows.row_format, "detected": rows.detected, "train_rows": len(rows.train), "held_out_rows": len(rows.held_out)},
-        "steps": _steps(recipe, len(rows.train)),
-        "warnings": list(rows.warnings),
-    }  # fmt: skip
-    if tokens:
-        from lora_tune.training.prepare import prepare
-
-        ready = prepare(recipe.base, recipe.data, recipe.lora.targets, lambda event: None, seed=recipe.train.seed)
-        found["tokens"] = ready.splits.counts()
-        found["steps"] = _steps(recipe, len(ready.splits.train.rows))
-    found["warnings"] += _step_warnings(recipe, found["steps"])
-    return found
-
-
-def preview(path: Path, overrides: Sequence[str], *, rows: int) -> dict[str, Any]:
-    """Return the tokens of the first rows, each with whether it is trained, and the counts of every set."""
-    from lora_tune.training.prepare import prepare
-
-    recipe = load_recipe(path, overrides).recipe
-    ready = prepare(recipe.base, recipe.data, recipe.lora.targets, lambda event: None, seed=recipe.train.seed)
-    shown = [
-        {
-            "where": row.where,
-            "tokens": [
-                {"id": token, "text": str(ready.tokenizer.decode([token])), "trained": on}
-                for token, on in zip(row.input_ids, row.trained, strict=True)
-            ],
-        }
-        for row in ready.splits.train.rows[:rows]
-    ]
-    return {"rows": shown, "counts": ready.splits.counts(), "train_on": recipe.data.train_on}
-
-
-def train(
-    path: Path,
-    overrides: Sequence[str],
-    *,
-    run_dir: Path | None,
-    dry_run: bool,
-    registry: Path | None,
-    notify: Callable[[Any], None],
-) -> dict[str, Any]:
-    """Train and return the report; a dry run returns the resolved recipe and the counts, and writes nothing."""
-    loaded = load_recipe(path, overrides)
-    recipe = loaded.recipe
-    # Rows and places first: a mistake in them costs no download and leaves nothing behind.
-    check_rows(recipe.data, seed=recipe.train.seed)
-    locate(recipe.base)
-    if dry_run:
-        return _dry_run(recipe, notify)
-    root = _root(registry)
-    shelf.ensure_writable(root)
-    from lora_tune.evaluation.evaluate import evaluate as measure
-    from lora_tune.run_dir import create_run_dir
-    from lora_tune.training.prepare import prepare
-    from lora_tune.training.run import train as run_training
-
-    ready = prepare(recipe.base, recipe.data, recipe.lora.targets, notify, seed=recipe.train.seed)
-    for warning in _step_warnings(recipe, _steps(recipe, len(ready.splits.train.rows))):
-        notify({"event": "warning", "message": warning})
-    run = create_run_dir(recipe.output.name, path=run_dir)
-    return run_training(loaded, ready, run, notify, evaluate=measure, registry_root=root).as_dict()
-
-
-def _dry_run(recipe: Recipe, notify: Callable[[Any], None]) -> dict[str, Any]:
-    from lora_tune.training.prepare import prepare
-
-    ready = prepare(recipe.base, recipe.data, recipe.lora.targets, notify, seed=recipe.train.seed)
-    return {
-        "dry_run": True,
-        "recipe": dump_recipe(recipe),
-        "data": ready.splits.counts(),
-        "steps": _steps(recipe, len(ready.splits.train.rows)),
-    }
 
 
 def evaluate(
@@ -116,37 +30,38 @@ def evaluate(
     """Return the figures of an adapter, and of its base, on held-out rows."""
     adapter = _open(spec, registry)
     # The rows first: a mistake in them costs no model load.
-    section, conversations = _held_out_rows(adapter, data, _root(registry))
+    section, seed = _held_out_rows(adapter, data, _root(registry))
     from lora_tune.adapter.live import open_live
-    from lora_tune.data.dataset import tokenize_set
+    from lora_tune.data.dataset import prepare_dataset
     from lora_tune.evaluation.evaluate import evaluate as measure
 
     live = open_live(adapter, progress, base_name=base)
-    held_out = tokenize_set(conversations, live.tokenizer, section)
+    splits = prepare_dataset(section, live.tokenizer, seed=seed)
+    held_out = splits.train if data is not None else splits.held_out
+    assert held_out is not None  # _held_out_rows looked
     measured = measure(
         live.model, live.tokenizer, held_out, progress, max_answer_tokens=generate, answer_rows=rows, base_too=base_too
     )
     return {"data": section.eval_path or section.path, "counts": held_out.counts.as_dict(), **measured.as_dict()}
 
 
-def _held_out_rows(
-    adapter: AdapterFiles, data: Path | None, registry: Path
-) -> tuple[DataSection, Sequence[Conversation]]:
-    """Return the rows to measure on, and how they are tokenized: as in training.
+def _held_out_rows(adapter: AdapterFiles, data: Path | None, registry: Path) -> tuple[DataSection, int]:
+    """Return where the rows to measure on are, how they are tokenized (as in training), and the seed of their split.
 
     Without `data` they are the held-out rows of the run that made the adapter, if that run is still on this machine.
     """
     trained = adapter.manifest.recipe["data"] if adapter.manifest else {}
-    kept = {key: trained[key] for key in ("train_on", "max_seq_tokens", "too_long") if key in trained}
+    shared = ("train_on", "max_seq_tokens", "too_long", "columns", "max_lost_tokens")
+    kept = {key: trained[key] for key in shared if key in trained}
     if data is not None:
         section = DataSection(path=str(data), **kept)
-        return section, check_rows(section, seed=0).train
+        check_rows(section, seed=0)
+        return section, 0
     recipe_path = shelf.origin(adapter.folder, root=registry).parent / "recipe.resolved.yaml"
     if recipe_path.is_file():
         recipe = load_recipe(recipe_path).recipe
-        held_out = check_rows(recipe.data, seed=recipe.train.seed).held_out
-        if held_out:
-            return recipe.data, held_out
+        if check_rows(recipe.data, seed=recipe.train.seed).n_held_out:
+            return recipe.data, recipe.train.seed
     raise UsageError(
         f"the rows that {adapter.folder} was measured on are not on this machine, or there were none",
         hint="name the rows to measure on with --data FILE",
@@ -313,31 +228,9 @@ def verify(spec: str, *, base: str | None, registry: Path | None, progress: Prog
     return {"adapter": str(files.folder), **result.as_dict()}
 
 
-def schema() -> dict[str, Any]:
-    """Return the JSON Schema of a recipe."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
-
-
 def _open(spec: str, registry: Path | None) -> AdapterFiles:
     return open_adapter(shelf.find(spec, root=_root(registry)))
 
 
 def _root(registry: Path | None) -> Path:
     return registry if registry is not None else shelf.registry_root()
-
-
-def _step_warnings(recipe: Recipe, steps: int) -> list[str]:
-    every = recipe.eval.every_steps
-    if every is None or every <= steps:
-        return []
-    stopping = ", and early stopping never looks" if recipe.eval.early_stopping_patience is not None else ""
-    return [f"eval.every_steps is {every}, but there are {steps} steps: nothing is measured while training{stopping}"]
-
-
-def _steps(recipe: Recipe, rows: int) -> int:
-    """Return how many steps the recipe takes, as the trainer counts: a last, smaller batch is a step too."""
-    if recipe.train.max_steps is not None:
-        return recipe.train.max_steps
-    micro_batches = -(-rows // recipe.train.micro_batch_sequences)
-    per_epoch = max(1, -(-micro_batches // recipe.train.gradient_accumulation_steps))
-    return -int(-recipe.train.epochs * per_epoch // 1)

@@ -1,72 +1,93 @@
-"""From a recipe's rows to what the trainer is fed: tokenized, held to the length limit, counted.
+"""From a recipe's rows to what the trainer is fed: read, checked, split, mixed, tokenized, held to the length limit.
 
-Nothing is cut or dropped without standing in the counts.
+Nothing is cut, dropped or repeated without standing in the counts.
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
 
-from lora_tune.data.lint import CheckedRows, check_rows
-from lora_tune.data.messages import Conversation
-from lora_tune.data.tokens import LossMaskError, TokenizedRow, loss_labels, tokenize
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_tune.data.augment import augmented_rows
+from lora_tune.data.length import Lengths, Pieces, SetCounts, histogram, hold_to_length
+from lora_tune.data.lint import FILE_SHIFT, CheckedRows, judge
+from lora_tune.data.messages import Conversation, PlainText
+from lora_tune.data.mixture import Indices, Share, balance, hold_out, mix
+from lora_tune.data.sources import Source, find_sources
+from lora_tune.data.store import StoredSet, tokenized_rows, tokenized_source, tokenizer_parts
+from lora_tune.data.tokens import TokenizedRow, loss_labels
 from lora_tune.errors import DataError
-from lora_tune.recipe.schema import DataSection
+from lora_tune.recipe.schema import AugmentSection, DataSection
 
 SHOWN_ROWS = 20
 
 
 @dataclass(frozen=True)
-class SetCounts:
-    """What became of one set's rows."""
+class TokenRows(Sequence[TokenizedRow]):
+    """The sequences of one set, read from disk one by one."""
 
-    rows_read: int
-    """Rows in the file, or its part."""
+    stored: tuple[StoredSet, ...]
+    pieces: Pieces
 
-    rows: int
-    """Rows that are used."""
+    @property
+    def n_tokens_by_row(self) -> NDArray[np.int64]:
+        """Tokens of each sequence, [N]."""
+        return self.pieces.end - self.pieces.start
 
-    rows_cut: int
-    """Rows that lost their end to max_seq_tokens."""
+    def __len__(self) -> int:
+        return len(self.pieces)
 
-    rows_dropped: int
-    """Rows left out: longer than max_seq_tokens, or cut until no trained token was left."""
+    @overload
+    def __getitem__(self, index: int) -> TokenizedRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[TokenizedRow]: ...
+    def __getitem__(self, index: int | slice) -> TokenizedRow | Sequence[TokenizedRow]:
+        if isinstance(index, slice):
+            part = (
+                values[index] for values in (self.pieces.source, self.pieces.row, self.pieces.start, self.pieces.end)
+            )
+            return TokenRows(self.stored, Pieces(*part))
+        pieces = self.pieces
+        stored = self.stored[int(pieces.source[index])]
+        return stored.tokenized(int(pieces.row[index]), int(pieces.start[index]), int(pieces.end[index]))
 
-    tokens: int
-    """Tokens of the used rows."""
-
-    trained_tokens: int
-    """Tokens of the used rows that add to the loss."""
-
-    trained_tokens_lost: int
-    """Tokens that would have added to the loss, had their row not been cut or dropped."""
-
-    longest_tokens: int
-    """Tokens of the longest row before the limit."""
-
-    def as_dict(self) -> dict[str, int]:
-        """The counts as reports print them."""
-        return asdict(self)
+    def conversations(self) -> Iterator[Conversation]:
+        """Yield the conversations behind the sequences, each once, in order; plain texts are none."""
+        seen: set[tuple[int, int]] = set()
+        for place in zip(self.pieces.source.tolist(), self.pieces.row.tolist(), strict=True):
+            if place not in seen:
+                seen.add(place)
+                row = self.stored[place[0]].row(place[1])
+                if isinstance(row, Conversation):
+                    yield row
 
 
 @dataclass(frozen=True)
 class TokenizedSet:
     """One set, ready to train or measure on."""
 
-    rows: tuple[TokenizedRow, ...]
-    """Tokens of the used rows."""
-
-    conversations: tuple[Conversation, ...]
-    """The same rows as messages, in the same order."""
+    rows: TokenRows
+    """Its sequences."""
 
     counts: SetCounts
     """What became of every row that was read."""
 
+    histogram: list[dict[str, Any]]
+    """Rows by their tokens, before the length limit."""
+
+    @property
+    def n_tokens_by_row(self) -> NDArray[np.int64]:
+        """Tokens of each sequence, [N]."""
+        return self.rows.n_tokens_by_row
+
     def shared_system_message(self) -> str | None:
-        """Return the system message that every row begins with, or None."""
-        first = {row.messages[0].content if row.messages[0].role == "system" else None for row in self.conversations}
-        return first.pop() if len(first) == 1 else None
+        """Return the system message that every row of the sources begins with, or None."""
+        found = {system for stored in self.rows.stored for system in stored.tally.systems}
+        return found.pop() if len(found) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -76,104 +97,180 @@ class Splits:
     train: TokenizedSet
     held_out: TokenizedSet | None
     checked: CheckedRows
+    shares: tuple[Share, ...]
+    """What of each source is trained in an epoch, augmented copies last."""
+
+    roles: Mapping[str, tuple[int, int]]
+    """By role: tokens of its words over all rows, and how many are trained."""
+
+    tokenized: Mapping[str, str]
+    """By source: `kept from before`, or why its rows were tokenized now."""
+
     digest: str
-    """sha256 over the used rows' tokens and loss masks, training set first."""
+    """sha256 over what is used of which rows, their tokens and loss masks, training set first."""
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Counts by set, as printed and kept."""
         sets = {"train": self.train} | ({"held_out": self.held_out} if self.held_out else {})
         return {name: part.counts.as_dict() for name, part in sets.items()}
 
+    def ledger(self) -> dict[str, Any]:
+        """Everything known of the rows and their tokens, as `check --tokens` and reports keep it."""
+        sets = {"train": self.train} | ({"held_out": self.held_out} if self.held_out else {})
+        return {
+            "counts": self.counts(),
+            "sources": [share.as_dict() for share in self.shares],
+            "roles": {role: {"tokens": n, "trained": trained} for role, (n, trained) in self.roles.items()},
+            "tokens_by_row": {name: part.histogram for name, part in sets.items()},
+            "tokenized": dict(self.tokenized),
+            "digest": self.digest,
+        }
 
-def prepare_dataset(section: DataSection, tokenizer: Any, *, seed: int) -> Splits:
-    """Read, check, split, tokenize and count.
+
+def prepare_dataset(
+    section: DataSection, tokenizer: Any, *, seed: int, augment: AugmentSection | None = None
+) -> Splits:
+    """Read, check, split, mix, tokenize and count.
 
     Raises:
         MissingInputError: a file is not there.
-        DataError: rows are wrong, no trained token can be proved, or `too_long: fail` met a longer row.
+        DataError: rows are wrong, no trained token can be proved, or too much is lost to the length limit.
     """
-    checked = check_rows(section, seed=seed)
-    train = tokenize_set(checked.train, tokenizer, section)
-    held_out = tokenize_set(checked.held_out, tokenizer, section) if checked.held_out else None
-    return Splits(train, held_out, checked, _digest(train, held_out))
-
-
-def tokenize_set(conversations: Sequence[Conversation], tokenizer: Any, section: DataSection) -> TokenizedSet:
-    """Return the set's tokens under the section's length policy, with counts."""
-    full, problems = [], []
-    hint = ""
-    for conversation in conversations:
-        try:
-            full.append((conversation, tokenize(conversation, tokenizer, train_on=section.train_on)))
-        except LossMaskError as err:
-            problems.append(f"{conversation.where}: {err.message}")
-            hint = hint or err.hint
-    if problems:
-        shown = problems[:SHOWN_ROWS] + (
-            [f"… and {len(problems) - SHOWN_ROWS} more"] if len(problems) > SHOWN_ROWS else []
-        )
-        raise DataError(
-            "\n  ".join([f"{len(problems)} of {len(conversations)} rows cannot be trained on for certain", *shown]),
-            hint=hint or "`lora-tune preview RECIPE` shows the tokens of the others",
-            where=problems[0].split(": ", 1)[0],
-        )
-    return _hold_to_length(full, section)
+    sources = find_sources(section)
+    named = (*sources.train, *sources.held_out)
+    stored = [tokenized_source(source, tokenizer, train_on=section.train_on) for source in named]
+    checked = judge(
+        section, sources.train, sources.held_out, [part.lint for part in stored], seed=seed, notes=sources.notes
+    )
+    _refuse_unproved(section, stored, checked.left_out)
+    own, given = stored[: len(sources.train)], stored[len(sources.train) :]
+    kept, split = hold_out([len(part.n_tokens) for part in own], section.eval_split, seed=seed)
+    trained, shares = mix(sources.train, kept, seed=seed)
+    if augment is not None and augment.balance_labels > 0:
+        trained, shares = _balanced(own, trained, shares, augment.balance_labels, seed=seed)
+    train_parts, train_rows = list(own), list(trained)
+    if augment is not None and augment.copies > 0:
+        copies = _augmented(own, kept, tokenizer, section, augment, seed=seed)
+        train_parts.append(copies)
+        train_rows.append(np.arange(len(copies.n_tokens), dtype=np.int64))
+        shares = [*shares, Share("augmented copies", len(copies.n_tokens), len(copies.n_tokens))]
+    train = _held_to_length(train_parts, train_rows, section)
+    measured = [*own, *given]
+    measured_rows = [*split, *(np.arange(len(part.n_tokens), dtype=np.int64) for part in given)]
+    held_out = _held_to_length(measured, measured_rows, section) if sum(map(len, measured_rows)) else None
+    return Splits(
+        train, held_out, checked, tuple(shares), _roles(stored),
+        {part.source.name: part.reason for part in stored}, _digest(train, held_out),
+    )  # fmt: skip
 
 
 def as_examples(rows: Sequence[TokenizedRow]) -> Any:
-    """Return the rows as a datasets.Dataset of `input_ids` and `labels`, which TRL passes on untouched."""
+    """Return the rows as a datasets.Dataset that gives `input_ids` and `labels` when asked, and holds no tokens itself."""
     from datasets import Dataset
 
-    return Dataset.from_dict(
-        {
-            "input_ids": [list(row.input_ids) for row in rows],
-            "labels": [loss_labels(row.input_ids, row.trained) for row in rows],
+    def fetch(batch: Mapping[str, list[int]]) -> dict[str, list[list[int]]]:
+        found = [rows[number] for number in batch["row"]]
+        return {
+            "input_ids": [list(row.input_ids) for row in found],
+            "labels": [loss_labels(row.input_ids, row.trained) for row in found],
         }
+
+    return Dataset.from_dict({"row": range(len(rows))}).with_transform(fetch)
+
+
+def _refuse_unproved(section: DataSection, stored: Sequence[StoredSet], left_out: int) -> None:
+    count = sum(part.tally.n_refused for part in stored)
+    if count + left_out <= section.max_bad_rows or not count:
+        return
+    problems = [problem for part in stored for problem in part.tally.refused][:SHOWN_ROWS]
+    shown = problems + ([f"… and {count - len(problems)} more"] if count > len(problems) else [])
+    total = sum(len(part.n_tokens) for part in stored)
+    raise DataError(
+        "\n  ".join([f"{count} of {total} rows cannot be trained on for certain", *shown]),
+        hint=next(part.tally.hint for part in stored if part.tally.n_refused)
+        or "`lora-tune preview RECIPE` shows the tokens of the others",
+        where=problems[0].split(": ", 1)[0],
     )
 
 
-def _hold_to_length(full: Sequence[tuple[Conversation, TokenizedRow]], section: DataSection) -> TokenizedSet:
-    limit = section.max_seq_tokens
-    used: list[tuple[Conversation, TokenizedRow]] = []
-    cut = 0
-    for conversation, row in full:
-        kept = row
-        if len(row.input_ids) > limit:
-            if section.too_long == "fail":
-                raise DataError(
-                    f"{row.where}: {len(row.input_ids)} tokens, but data.max_seq_tokens is {limit} and data.too_long is fail",
-                    hint="raise data.max_seq_tokens, or set data.too_long to drop or cut_right",
-                    where=row.where,
-                )
-            if section.too_long == "drop" or not any(row.trained[:limit]):
-                continue
-            kept = replace(row, input_ids=row.input_ids[:limit], trained=row.trained[:limit])
-            cut += 1
-        used.append((conversation, kept))
-    if not used:
-        raise DataError(
-            f"no row is left: all {len(full)} are longer than data.max_seq_tokens = {limit}",
-            hint="raise data.max_seq_tokens",
-        )
-    rows = tuple(row for _, row in used)
-    trained = sum(row.n_trained for row in rows)
-    counts = SetCounts(
-        rows_read=len(full),
-        rows=len(rows),
-        rows_cut=cut,
-        rows_dropped=len(full) - len(rows),
-        tokens=sum(len(row.input_ids) for row in rows),
-        trained_tokens=trained,
-        trained_tokens_lost=sum(row.n_trained for _, row in full) - trained,
-        longest_tokens=max(len(row.input_ids) for _, row in full),
+def _balanced(
+    stored: Sequence[StoredSet], rows: Sequence[Indices], shares: Sequence[Share], share: float, *, seed: int
+) -> tuple[list[Indices], list[Share]]:
+    labels = [[_label(part, row) for row in own.tolist()] for part, own in zip(stored, rows, strict=True)]
+    more = balance(labels, rows, share, seed=seed)
+    return more, [Share(old.name, old.rows, len(new)) for old, new in zip(shares, more, strict=True)]
+
+
+def _label(stored: StoredSet, row: int) -> str | None:
+    found = stored.row(row)
+    return found.label if isinstance(found, Conversation) else None
+
+
+def _augmented(
+    stored: Sequence[StoredSet], rows: Sequence[Indices], tokenizer: Any, section: DataSection, augment: AugmentSection,
+    *, seed: int,
+) -> StoredSet:  # fmt: skip
+    """Return changed copies of the training rows as a source of their own."""
+    files = tuple(path for part in stored for path in part.source.files)
+    source = Source("augmented copies", files, "chat", {})
+    chosen = hashlib.sha256(b"".join(own.tobytes() for own in rows)).hexdigest()
+    parts = {
+        "data": [part.digest for part in stored],
+        "rows": chosen,
+        "augment": augment.model_dump(mode="json"),
+        "seed": seed,
+        **tokenizer_parts(tokenizer, section.train_on),
+    }
+
+    def originals() -> Iterator[tuple[Conversation | PlainText, int]]:
+        first_file = 0
+        for part, own in zip(stored, rows, strict=True):
+            for row in own.tolist():
+                yield part.row(row), part.lint.places[row] + (first_file << FILE_SHIFT)
+            first_file += len(part.source.files)
+
+    return tokenized_rows(
+        source,
+        parts,
+        lambda lint: augmented_rows(originals(), lint, augment, seed=seed),
+        tokenizer,
+        train_on=section.train_on,
     )
-    return TokenizedSet(rows, tuple(conversation for conversation, _ in used), counts)
+
+
+def _held_to_length(stored: Sequence[StoredSet], rows: Sequence[Indices], section: DataSection) -> TokenizedSet:
+    lengths = Lengths(
+        source=np.concatenate([np.full(len(own), number, np.int64) for number, own in enumerate(rows)]),
+        row=np.concatenate(list(rows)),
+        n_tokens=np.concatenate([part.n_tokens[own] for part, own in zip(stored, rows, strict=True)]),
+        n_trained=np.concatenate([part.n_trained[own] for part, own in zip(stored, rows, strict=True)]),
+        n_answers=np.concatenate([part.n_answers[own] for part, own in zip(stored, rows, strict=True)]),
+        runs=lambda entry: stored[int(lengths.source[entry])].encoded(int(lengths.row[entry]))[1],
+    )
+
+    def where(entry: int) -> str:
+        return stored[int(lengths.source[entry])].where(int(lengths.row[entry]))
+
+    pieces, counts = hold_to_length(lengths, section, where=where)
+    return TokenizedSet(TokenRows(tuple(stored), pieces), counts, histogram(lengths.n_tokens, section.max_seq_tokens))
+
+
+def _roles(stored: Sequence[StoredSet]) -> dict[str, tuple[int, int]]:
+    roles: dict[str, tuple[int, int]] = {}
+    for part in stored:
+        for role, (tokens, trained) in part.tally.roles.items():
+            before = roles.get(role, (0, 0))
+            roles[role] = (before[0] + tokens, before[1] + trained)
+    return roles
 
 
 def _digest(train: TokenizedSet, held_out: TokenizedSet | None) -> str:
     digest = hashlib.sha256()
     for part in (train, held_out):
-        for row in part.rows if part else ():
-            digest.update(f"{row.input_ids}{[int(on) for on in row.trained]}\n".encode())
+        if part is not None:
+            digest.update(json.dumps([stored.digest for stored in part.rows.stored]).encode())
+            pieces = part.rows.pieces
+            for values in (pieces.source, pieces.row, pieces.start, pieces.end):
+                digest.update(values.tobytes())
         digest.update(b"--\n")
     return digest.hexdigest()

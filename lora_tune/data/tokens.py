@@ -1,46 +1,37 @@
-"""Conversation → input_ids and labels for any chat template. The loss mask lives here and only here.
+"""Rows → input_ids and the loss mask, each row proved or refused. The loss mask lives here and only here.
 
-No template markers are needed: where a message's words stand is found by rendering the conversation twice with
-different words in their place and looking at what differs. Each row is then proved, or refused: what is trained follows
-exactly the prompt that the model is given when it is used, and reads exactly as the message, then the end-of-turn.
+What is trained follows exactly the prompt that the model is given when it is used, and reads exactly as the message, then
+the end-of-turn; where each answer stands in the text comes from rendering.py, or from a layout that the row's own
+rendering confirms.
 """
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-
-from lora_tune.data.messages import Conversation, Message
-from lora_tune.errors import DataError
+from lora_tune.data.layout import Layout, Shape, learn_layout, shape_of
+from lora_tune.data.messages import Conversation, Message, PlainText
+from lora_tune.data.rendering import (
+    LossMaskError,
+    Span,
+    answer_spans,
+    refuse_control_tokens,
+    render,
+    render_many,
+    special_tokens,
+)
 
 IGNORE_INDEX = -100
 """Label of a token that adds nothing to the loss (PyTorch's and transformers' convention)."""
 
-TEMPLATE_DATE = "26 Jul 2024"
-"""What templates that write today's date are told (Llama 3.x's own default): the same rows give the same tokens."""
-
-_FIXED_CLOCK = (
-    "{%- macro strftime_now(format) -%}"
-    f"{{%- if format == '%Y-%m-%d' -%}}2024-07-26{{%- else -%}}{TEMPLATE_DATE}{{%- endif -%}}"
-    "{%- endmacro -%}"
-)
-
-_MARKS = ("x7f3a9", "k2c8d1")
-"""Two stand-ins for a message's words, with no first or last character in common."""
-
-_SETTINGS: tuple[Mapping[str, Any], ...] = ({}, {"enable_thinking": False}, {"thinking": False})
-"""Ways to ask a template for an answer without reasoning; the first one under which prompt and answer agree is taken."""
-
-
-class LossMaskError(DataError):
-    """It cannot be said for certain which tokens of a row are trained."""
+Run = tuple[int, int]
+"""Neighbouring trained tokens, as [start, end)."""
 
 
 @dataclass(frozen=True)
 class TokenizedRow:
-    """One conversation as tokens."""
+    """One row as tokens."""
 
     input_ids: tuple[int, ...]
     """Token ids, [T]."""
@@ -58,13 +49,24 @@ class TokenizedRow:
 
 
 @dataclass(frozen=True)
-class _Span:
-    """What the model must write for one message, as [start, end) in the rendered text."""
+class EncodedRow:
+    """One row's tokens in little room, with what the lint says of them."""
 
-    start: int
-    end: int
-    ender: int
-    """How many of its last characters end the turn."""
+    ids: list[int]
+    """Token ids, [T]."""
+
+    runs: tuple[Run, ...]
+    """The trained tokens, one run an answer."""
+
+    roles: tuple[tuple[str, int, int], ...]
+    """Role, tokens and trained tokens of each message's words; what the template adds is in none of them."""
+
+    def as_row(self, where: str) -> TokenizedRow:
+        """The row with its loss mask token by token."""
+        trained = [False] * len(self.ids)
+        for start, end in self.runs:
+            trained[start:end] = [True] * (end - start)
+        return TokenizedRow(tuple(self.ids), tuple(trained), where)
 
 
 def loss_labels(ids: Sequence[int], trained: Sequence[bool]) -> list[int]:
@@ -85,244 +87,296 @@ def loss_labels(ids: Sequence[int], trained: Sequence[bool]) -> list[int]:
     return [token if on else IGNORE_INDEX for token, on in zip(ids, trained, strict=True)]
 
 
-def render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-    """Return the messages as the chat template writes them, with the settings that suit the template.
-
-    Raises:
-        LossMaskError: the template refuses these messages, or the tokenizer has no template.
-    """
-    return _render(tokenizer, messages, _settings(tokenizer), add_generation_prompt=add_generation_prompt)
-
-
-def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+def prompt_ids(tokenizer: Any, messages: Sequence[Message], *, tools: str = "") -> list[int]:
     """Return the token ids, [T], after which the assistant's answer begins: what the model is given when it is used."""
-    return _encode(tokenizer, render(tokenizer, messages, add_generation_prompt=True))
+    return _encode(tokenizer, render(tokenizer, messages, tools=tools, add_generation_prompt=True))
 
 
 def answer_ids(conversation: Conversation, tokenizer: Any) -> list[int]:
     """Return the token ids, [A], of the perfect answer to the conversation's last turn, without its end-of-turn."""
-    text = render(tokenizer, conversation.messages)
-    span = _span(tokenizer, conversation.messages, len(conversation.messages) - 1, text)
+    text, (span,) = answer_spans(tokenizer, conversation, [len(conversation.messages) - 1])
     whole = _encode(tokenizer, text[: span.start])
     return _encode(tokenizer, text[: span.end - span.ender])[len(whole) :]
 
 
 def end_of_turn_ids(tokenizer: Any) -> list[int]:
     """Return the id that ends the assistant's turn in this template, as a list; generation stops there."""
-    messages = [Message("user", "a"), Message("assistant", "b")]
-    text = render(tokenizer, messages)
-    span = _span(tokenizer, messages, 1, text)
+    turn = Conversation((Message("user", "a"), Message("assistant", "b")), 1, "")
+    text, (span,) = answer_spans(tokenizer, turn, [1])
     return _encode(tokenizer, text[: span.end])[-1:]
 
 
-def tokenize(conversation: Conversation, tokenizer: Any, *, train_on: str) -> TokenizedRow:
-    """Return the conversation's tokens and which of them are trained, at full length.
+def tokenize(row: Conversation | PlainText, tokenizer: Any, *, train_on: str) -> TokenizedRow:
+    """Return the row's tokens and which of them are trained, at full length.
 
     Args:
-        conversation: the row.
+        row: the row; a plain text is trained whole, with the tokenizer's own first token and an end-of-text.
         tokenizer: a fast tokenizer with a chat template.
-        train_on: `assistant` (every assistant message), `completion` (those of the completion) or `all`.
+        train_on: `assistant` (every assistant message), `last_assistant`, `completion` (those of it) or `all`.
 
     Raises:
         LossMaskError: the trained tokens cannot be proved to be the words of the messages and their end-of-turn.
     """
-    _refuse_control_tokens(conversation, special_tokens(tokenizer))
-    text = render(tokenizer, conversation.messages)
-    spans: list[_Span] = []
-    if train_on != "all":
-        trained = conversation.trained_messages(train_on)
-        spans = [_span(tokenizer, conversation.messages, i, text) for i in trained]
-    ids, owners = _encode_spans(tokenizer, text, spans)
-    _prove(tokenizer, text, spans, ids, owners)
-    on = [True] * len(ids) if train_on == "all" else [owner is not None for owner in owners]
-    row = TokenizedRow(tuple(ids), tuple(on), conversation.where)
-    loss_labels(row.input_ids, row.trained)
-    return row
+    (found,) = RowTokenizer(tokenizer, train_on=train_on)([row])
+    if isinstance(found, LossMaskError):
+        raise found
+    return found.as_row(row.where)
 
 
 def trained_text(row: TokenizedRow, tokenizer: Any) -> str:
     """Return the trained tokens as text, special tokens included."""
-    return _decode(tokenizer, [token for token, on in zip(row.input_ids, row.trained, strict=True) if on])
+    kept = [token for token, on in zip(row.input_ids, row.trained, strict=True) if on]
+    return str(tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def special_tokens(tokenizer: Any) -> list[str]:
-    """Return every special token's text: those with a role (eos, bos, …) and those added as special."""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return sorted({*added, *map(str, tokenizer.all_special_tokens)})
+@dataclass
+class _Draft:
+    """A row on its way: text and spans are known, its tokens not yet."""
+
+    row: Conversation | PlainText
+    indices: Sequence[int]
+    """The messages that are trained."""
+    text: str = ""
+    spans: Sequence[Span] = ()
+    leads: Sequence[tuple[int, ...] | None] = ()
+    """Per span: the ids that must stand right before it; None asks for the whole prompt's."""
+    words: Sequence[tuple[int, int, int]] = ()
+    """Message, start and end of the words that were found in the text."""
+    found: EncodedRow | LossMaskError | None = None
 
 
-def _render(
-    tokenizer: Any, messages: Sequence[Message], settings: Mapping[str, Any], *, add_generation_prompt: bool
-) -> str:
-    if not tokenizer.chat_template:
-        raise LossMaskError(
-            "the base has no chat template", hint="set data.chat_template to a .jinja file, or to builtin:plain"
-        )
-    turns = [message.as_dict() for message in messages]
-    template = str(tokenizer.chat_template)
-    try:
-        text = tokenizer.apply_chat_template(
-            turns,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            chat_template=(_FIXED_CLOCK if "strftime_now" in template else "") + template,
-            date_string=TEMPLATE_DATE,
-            **settings,
-        )
-    except (TemplateError, TypeError, KeyError, ValueError) as err:
-        roles = ", ".join(message.role for message in messages)
-        raise LossMaskError(
-            f"the chat template refuses the roles {roles}: {err}",
-            hint="change the rows, or give a template that takes them in data.chat_template",
-        ) from err
-    return str(text)
+class RowTokenizer:
+    """Tokenizes rows in batches and keeps what it has learnt of the template."""
 
+    def __init__(self, tokenizer: Any, *, train_on: str) -> None:
+        self.tokenizer = tokenizer
+        self.train_on = train_on
+        self._backend = tokenizer.backend_tokenizer
+        # A tokenizer.json may bring its own limits; a call of the tokenizer switches them off, and so do we.
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._control = special_tokens(tokenizer)
+        self._layouts: dict[Shape, Layout | None] = {}
 
-def _settings(tokenizer: Any) -> Mapping[str, Any]:
-    """Return the settings under which the generation prompt is the beginning of what the template writes.
+    def __call__(self, rows: Sequence[Conversation | PlainText]) -> list[EncodedRow | LossMaskError]:
+        """Return each row's tokens, or why it is refused, in the same order."""
+        return self.encode(self.draft(rows))
 
-    Templates of reasoning models open a thinking block in the prompt that they leave out of the finished turn; trained
-    like that, the model would be asked from a state that it never saw.
-    """
-    messages = [Message("user", "a"), Message("assistant", "b")]
-    for settings in _SETTINGS:
-        prompt = _render(tokenizer, messages[:1], settings, add_generation_prompt=True)
-        if _render(tokenizer, messages, settings, add_generation_prompt=False).startswith(prompt):
-            return settings
-    return {}
+    def draft(self, rows: Sequence[Conversation | PlainText]) -> list[_Draft]:
+        """Return the rows as text, with the spans that are trained: the part that needs no tokenizer."""
+        drafts = [_Draft(row, self._indices(row)) for row in rows]
+        likely = [d for d in drafts if isinstance(d.row, Conversation) and self._layout(d.row) is not None]
+        self._draft_by_layout(likely)
+        for draft in drafts:
+            if not draft.text and draft.found is None:
+                self._draft_alone(draft)
+        return drafts
 
+    def encode(self, drafts: Sequence[_Draft]) -> list[EncodedRow | LossMaskError]:
+        """Return the drafts' tokens, proved, or why they are refused."""
+        ready = [draft for draft in drafts if draft.found is None]
+        # As in a call of the tokenizer, but thousands at a time and on every core.
+        encodings = self._backend.encode_batch([draft.text for draft in ready], add_special_tokens=False)
+        proofs: list[tuple[_Draft, Any, list[Run]]] = []
+        for draft, encoding in zip(ready, encodings, strict=True):
+            runs = self._runs(draft, encoding) if isinstance(draft.row, Conversation) else None
+            if runs is None:
+                draft.found = self._encode_alone(draft)
+            else:
+                proofs.append((draft, encoding, runs))
+        self._prove(proofs)
+        return [draft.found for draft in drafts if draft.found is not None]
 
-def _refuse_control_tokens(conversation: Conversation, control: Sequence[str]) -> None:
-    for number, message in enumerate(conversation.messages, start=1):
-        found = next((token for token in control if token in message.content), None)
-        if found is not None:
+    def _layout(self, conversation: Conversation) -> Layout | None:
+        shape = shape_of(conversation)
+        if shape is None:
+            return None
+        if shape not in self._layouts:
+            self._layouts[shape] = learn_layout(self.tokenizer, shape)
+        return self._layouts[shape]
+
+    def _indices(self, row: Conversation | PlainText) -> list[int]:
+        return [] if self.train_on == "all" or isinstance(row, PlainText) else row.trained_messages(self.train_on)
+
+    def _draft_by_layout(self, drafts: Sequence[_Draft]) -> None:
+        """Fill in the drafts whose own rendering, and every prompt in it, equals the layout; leave the others alone."""
+        asked: list[tuple[Sequence[Message], str]] = [(draft.row.messages, "") for draft in drafts]  # type: ignore[union-attr]
+        texts = _render_each(self.tokenizer, asked)
+        prompts: list[tuple[Sequence[Message], str]] = []
+        guesses = []
+        for draft, text in zip(drafts, texts, strict=True):
+            conversation = draft.row
+            assert isinstance(conversation, Conversation)
+            layout = self._layout(conversation)
+            assert layout is not None
+            filled, starts, ends = layout.fill(conversation.messages)
+            indices = draft.indices
+            if text is None or filled != text or any(index not in layout.answers for index in indices):
+                continue
+            answers = [layout.answers[index] for index in indices]
+            spans = [
+                Span(starts[i] - a.before, ends[i] + a.after, a.ender) for i, a in zip(indices, answers, strict=True)
+            ]
+            prompts += [(conversation.messages[:index], "") for index in indices]
+            words = [(i, start, end) for i, (start, end) in enumerate(zip(starts, ends, strict=True))]
+            guesses.append((draft, text, spans, [answer.lead for answer in answers], words))
+        rendered = iter(_render_each(self.tokenizer, prompts, add_generation_prompt=True))
+        for draft, text, spans, leads, words in guesses:
+            agree = [text[: span.start] == next(rendered) for span in spans]
+            if not all(agree):
+                continue
+            try:
+                self._refuse(draft)
+            except LossMaskError as err:
+                draft.found = err
+            else:
+                draft.text, draft.spans, draft.leads, draft.words = text, spans, leads, words
+
+    def _draft_alone(self, draft: _Draft) -> None:
+        row = draft.row
+        try:
+            if isinstance(row, PlainText):
+                draft.text = row.text
+                return
+            self._refuse(draft)
+            draft.text, draft.spans = answer_spans(self.tokenizer, row, draft.indices)
+            draft.leads = [None] * len(draft.spans)
+            draft.words = _find_words(row, draft.text)
+        except LossMaskError as err:
+            draft.found = err
+
+    def _refuse(self, draft: _Draft) -> None:
+        assert isinstance(draft.row, Conversation)
+        refuse_control_tokens(draft.row, self._control)
+        if self.train_on != "all" and not draft.indices:
             raise LossMaskError(
-                f"message {number} ({message.role}) holds the control token {found}, which would end or begin a turn",
-                hint="take control tokens out of the rows",
+                "no token is trained", hint="no assistant message of the row is trained: see data.train_on"
             )
 
+    def _runs(self, draft: _Draft, encoding: Any) -> list[Run] | None:
+        """Return each span's tokens, or None where a token reaches across an edge, or the prompt's tokens would change."""
+        ids, runs = encoding.ids, []
+        for span, lead in zip(draft.spans, draft.leads, strict=True):
+            first = encoding.char_to_token(span.start)
+            last = encoding.char_to_token(span.end) if span.end < len(draft.text) else len(ids)
+            if first is None or last is None or encoding.token_to_chars(first)[0] != span.start:
+                return None
+            if last < len(ids) and encoding.token_to_chars(last)[0] != span.end:
+                return None
+            if lead is not None:
+                known = ids[first - len(lead) : first] == list(lead)
+            else:
+                known = ids[:first] == _encode(self.tokenizer, draft.text[: span.start])
+            if not known:
+                return None
+            runs.append((first, last))
+        return runs
 
-def _span(tokenizer: Any, messages: Sequence[Message], index: int, text: str) -> _Span:
-    """Return what the model must write for message `index`, end-of-turn included."""
-    start, end = _words_span(tokenizer, messages, index, text)
-    prompt = render(tokenizer, messages[:index], add_generation_prompt=True)
-    if len(prompt) > start or not text.startswith(prompt):
-        last = index == len(messages) - 1
-        raise LossMaskError(
-            f"the chat template writes message {index + 1} differently from how it asks for it"
-            f"{'' if last else ', once the conversation goes on'}: "
-            f"the prompt ends in {prompt[-30:]!r}, but the words follow {text[max(0, start - 30) : start]!r}",
-            hint="give another template in data.chat_template" if last else "set data.train_on to completion",
-        )
-    # What stands between the prompt and the words (an empty thinking block, say) is the model's to write.
-    ender = _end_of_turn(tokenizer, messages, index, text, end)
-    return _Span(len(prompt), end + ender, ender)
+    def _prove(self, proofs: Sequence[tuple[_Draft, Any, list[Run]]]) -> None:
+        """Refuse the rows in which a span's tokens do not read exactly as that span of the text."""
+        pieces = [encoding.ids[start:end] for _, encoding, runs in proofs for start, end in runs]
+        decoded = iter(self._backend.decode_batch(pieces, skip_special_tokens=False))
+        for draft, encoding, runs in proofs:
+            wrong = [
+                _misread(next(decoded), draft.text[span.start : span.end])
+                for span, _ in zip(draft.spans, runs, strict=True)
+            ]
+            refused = next((err for err in wrong if err is not None), None)
+            if refused is not None:
+                draft.found = refused
+                continue
+            kept = [(0, len(encoding.ids))] if self.train_on == "all" else runs
+            draft.found = EncodedRow(encoding.ids, tuple(kept), _roles(draft, encoding, kept))
+
+    def _encode_alone(self, draft: _Draft) -> EncodedRow | LossMaskError:
+        """Tokenize prompt and answers apart, as they are in use: an answer may begin with a line break, say."""
+        if isinstance(draft.row, PlainText):
+            return self._encode_text(draft.row)
+        ids: list[int] = []
+        runs: list[Run] = []
+        position = 0
+        for span in draft.spans:
+            ids += _encode(self.tokenizer, draft.text[position : span.start])
+            answer = _encode(self.tokenizer, draft.text[span.start : span.end])
+            decoded = self._backend.decode(answer, skip_special_tokens=False)
+            wrong = _misread(decoded, draft.text[span.start : span.end])
+            if wrong is not None:
+                return wrong
+            runs.append((len(ids), len(ids) + len(answer)))
+            ids += answer
+            position = span.end
+        ids += _encode(self.tokenizer, draft.text[position:])
+        kept = [(0, len(ids))] if self.train_on == "all" else runs
+        trained = sum(end - start for start, end in kept)
+        return EncodedRow(ids, tuple(kept), (("assistant", trained, trained),))
+
+    def _encode_text(self, row: PlainText) -> EncodedRow | LossMaskError:
+        """A text as it stands: at most one beginning-of-text, then exactly one end-of-text, which is trained."""
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        ids = [int(token) for token in self.tokenizer(row.text)["input_ids"]]
+        while len(ids) > 1 and bos is not None and ids[0] == ids[1] == bos:
+            del ids[0]
+        if eos is None:
+            return LossMaskError("the tokenizer has no end-of-text token, so the model would never learn to stop")
+        while ids and ids[-1] == eos:
+            del ids[-1]
+        if not ids:
+            return LossMaskError("the text is empty")
+        ids.append(eos)
+        return EncodedRow(ids, ((0, len(ids)),), (("text", len(ids), len(ids)),))
 
 
-def _words_span(tokenizer: Any, messages: Sequence[Message], index: int, text: str) -> tuple[int, int]:
-    first, second = (
-        render(tokenizer, [*messages[:index], Message(messages[index].role, mark), *messages[index + 1 :]])
-        for mark in _MARKS
+def _render_each(
+    tokenizer: Any, asked: Sequence[tuple[Sequence[Message], str]], *, add_generation_prompt: bool = False
+) -> list[str | None]:
+    """Return what the template writes for each, None where it refuses."""
+    texts: list[str | None] = []
+    while len(texts) < len(asked):
+        rest = asked[len(texts) :]
+        try:
+            texts += render_many(tokenizer, rest, add_generation_prompt=add_generation_prompt)
+        except LossMaskError as err:
+            refused = err.row or 0
+            texts += render_many(tokenizer, rest[:refused], add_generation_prompt=add_generation_prompt)
+            texts.append(None)
+    return texts
+
+
+def _roles(draft: _Draft, encoding: Any, runs: Sequence[Run]) -> tuple[tuple[str, int, int], ...]:
+    assert isinstance(draft.row, Conversation)
+    counted = []
+    for index, start, end in draft.words:
+        if end <= start:
+            continue
+        first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
+        if first is None or last is None:
+            continue
+        tokens = last + 1 - first
+        trained = tokens if any(a <= first and last < b for a, b in runs) else 0
+        counted.append((draft.row.messages[index].role, tokens, trained))
+    return tuple(counted)
+
+
+def _find_words(conversation: Conversation, text: str) -> list[tuple[int, int, int]]:
+    """Return where each message's words stand, for the count by role; words that are not found are left out of it."""
+    found, position = [], 0
+    for index, message in enumerate(conversation.messages):
+        words = message.content.strip()
+        start = text.find(words, position) if words else -1
+        if start >= 0:
+            position = start + len(words)
+            found.append((index, start, position))
+    return found
+
+
+def _misread(decoded: str, wanted: str) -> LossMaskError | None:
+    # Tokenizers of SentencePiece kind do not give a first blank back; some write composed characters (NFC).
+    if decoded == wanted or decoded in (wanted.removeprefix(" "), unicodedata.normalize("NFC", wanted)):
+        return None
+    return LossMaskError(
+        f"the trained tokens read {decoded[:80]!r}, but the answer is {wanted[:80]!r}: the tokenizer changes its text"
     )
-    start = _agreement(first, second)
-    tail = _agreement(first[::-1], second[::-1])
-    if first[start : len(first) - tail] != _MARKS[0]:
-        raise LossMaskError(f"the chat template writes message {index + 1} not exactly once")
-    end = len(text) - tail
-    surroundings_agree = text[:start] == first[:start] and text[end:] == first[len(first) - tail :]
-    if not surroundings_agree or text[start:end].strip() != messages[index].content.strip():
-        raise LossMaskError(
-            f"the chat template rewrites message {index + 1}: {messages[index].content[:60]!r} is not in what it writes"
-        )
-    return start, end
-
-
-def _end_of_turn(tokenizer: Any, messages: Sequence[Message], index: int, text: str, words_end: int) -> int:
-    """Return how many characters after the words end the turn: up to and including its end-of-turn tokens."""
-    control = special_tokens(tokenizer)
-    alone = render(tokenizer, messages[: index + 1])
-    after, agreed = text[words_end:], False
-    if alone[:words_end] == text[:words_end]:
-        # What is written with and without the next message belongs to this turn for sure.
-        common = after[: _agreement(after, alone[words_end:])]
-        agreed = bool(_first_token(common.lstrip(), control))
-        after = common if agreed else after
-    position = len(after) - len(after.lstrip())
-    first = _first_token(after[position:], control)
-    if not first:
-        raise LossMaskError(
-            "the chat template writes no end-of-turn token after an assistant message, so the model would never learn to stop",
-            hint="give a template that ends the assistant's turn in data.chat_template",
-        )
-    position += len(first)
-    while agreed and (following := _first_token(after[position:], control)):
-        position += len(following)
-    return position
-
-
-def _first_token(text: str, control: Sequence[str]) -> str:
-    """Return the longest control token that the text begins with, or nothing."""
-    return max((token for token in control if text.startswith(token)), key=len, default="")
-
-
-def _agreement(first: str, second: str) -> int:
-    """Return how many characters the two have in common at their start."""
-    low, high = 0, min(len(first), len(second))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if first[:middle] == second[:middle] else (low, middle - 1)
-    return low
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
     return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
-
-
-def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def _encode_spans(tokenizer: Any, text: str, spans: Sequence[_Span]) -> tuple[list[int], list[int | None]]:
-    """Return ids, [T], and for each token which span it belongs to.
-
-    The whole text is tokenized at once, as in use. Where a token would then reach across the start of an answer (an answer
-    that begins with a line break, say), the prompt and the answer are tokenized apart, as they are in use.
-    """
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids = [int(token) for token in encoded["input_ids"]]
-    starts = [start for start, _ in encoded["offset_mapping"]]
-    for span in spans:
-        before = sum(start < span.start for start in starts)
-        if ids[:before] != _encode(tokenizer, text[: span.start]):
-            return _encode_apart(tokenizer, text, spans)
-    owners = [
-        next((n for n, span in enumerate(spans) if span.start <= start < span.end and end > start), None)
-        for start, end in encoded["offset_mapping"]
-    ]
-    return ids, owners
-
-
-def _encode_apart(tokenizer: Any, text: str, spans: Sequence[_Span]) -> tuple[list[int], list[int | None]]:
-    ids: list[int] = []
-    owners: list[int | None] = []
-    position = 0
-    for number, span in enumerate(spans):
-        for piece, owner in ((text[position : span.start], None), (text[span.start : span.end], number)):
-            tokens = _encode(tokenizer, piece)
-            ids += tokens
-            owners += [owner] * len(tokens)
-        position = span.end
-    rest = _encode(tokenizer, text[position:])
-    return ids + rest, owners + [None] * len(rest)
-
-
-def _prove(tokenizer: Any, text: str, spans: Sequence[_Span], ids: Sequence[int], owners: Sequence[int | None]) -> None:
-    """Refuse the row unless each span's tokens read exactly as that span of the text."""
-    for number, span in enumerate(spans):
-        decoded = _decode(tokenizer, [token for token, owner in zip(ids, owners, strict=True) if owner == number])
-        wanted = text[span.start : span.end]
-        # Tokenizers of SentencePiece kind do not give a first blank back; some write composed characters (NFC).
-        if decoded not in (wanted, wanted.removeprefix(" "), unicodedata.normalize("NFC", wanted)):
-            raise LossMaskError(
-                f"the trained tokens read {decoded[:80]!r}, but the answer is {wanted[:80]!r}: the tokenizer changes its text"
-            )

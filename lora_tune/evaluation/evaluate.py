@@ -1,13 +1,14 @@
 """Base beside adapter on held-out rows: loss, perplexity, token accuracy, exact match of generated answers."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
-from lora_tune.data.dataset import TokenizedSet
+from lora_tune.data.dataset import TokenizedSet, TokenRows
 from lora_tune.data.messages import Conversation
 from lora_tune.data.tokens import TokenizedRow, answer_ids, prompt_ids
 from lora_tune.evaluation.metrics import Figures, figures, is_exact
@@ -68,7 +69,7 @@ def evaluate(
         answer_rows: at most so many rows, the first ones, are answered.
         base_too: measure the base as well.
     """
-    asked = held_out.conversations[:answer_rows] if max_answer_tokens else ()
+    asked = list(islice(held_out.rows.conversations(), answer_rows)) if max_answer_tokens else []
     # The perfect answer as the model would write it: templates may put something before the words.
     expected = [_text(tokenizer, answer_ids(row, tokenizer)) for row in asked]
     results = []
@@ -96,7 +97,7 @@ def _text(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def _score(model: Any, rows: Sequence[TokenizedRow], pad_id: int) -> tuple[float, int, int]:
+def _score(model: Any, rows: TokenRows, pad_id: int) -> tuple[float, int, int]:
     """Return summed negative log-likelihood (nats), correct first choices and count of the trained tokens."""
     import torch
 
@@ -127,14 +128,16 @@ def _score(model: Any, rows: Sequence[TokenizedRow], pad_id: int) -> tuple[float
     return nll, correct, count
 
 
-def _batches(rows: Sequence[TokenizedRow]) -> list[list[TokenizedRow]]:
-    batches: list[list[TokenizedRow]] = []
-    for row in sorted(rows, key=lambda row: len(row.input_ids)):
-        if batches and len(row.input_ids) * (len(batches[-1]) + 1) <= MAX_BATCH_TOKENS:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches
+def _batches(rows: TokenRows) -> Iterator[list[TokenizedRow]]:
+    """Yield batches of rows of like length, read when they are asked for."""
+    batch: list[TokenizedRow] = []
+    for number in rows.n_tokens_by_row.argsort(kind="stable").tolist():
+        row = rows[number]
+        if batch and len(row.input_ids) * (len(batch) + 1) > MAX_BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(row)
+    yield batch
 
 
 def _answer(
@@ -148,7 +151,7 @@ def _answer(
     answers: list[str] = []
     ends = stop_ids(model, tokenizer)
     for first in range(0, len(rows), chunk):
-        prompts = [prompt_ids(tokenizer, row.messages[:-1]) for row in rows[first : first + chunk]]
+        prompts = [prompt_ids(tokenizer, row.messages[:-1], tools=row.tools) for row in rows[first : first + chunk]]
         made = generate_answers(model, tokenizer, prompts, max_tokens=max_tokens, ends=ends)
         answers += [_text(tokenizer, ids) for ids in made]
         progress(len(answers) / len(rows))

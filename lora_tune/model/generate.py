@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from threading import Thread
 from typing import Any
 
-from lora_tune.data.tokens import LossMaskError, end_of_turn_ids
+from lora_tune.data.rendering import LossMaskError
+from lora_tune.data.tokens import end_of_turn_ids
 
 # A base's own generation settings (a repetition penalty, say) would change what is measured.
 _GREEDY: dict[str, Any] = {

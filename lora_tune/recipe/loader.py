@@ -12,13 +12,15 @@ from ruamel.yaml import YAML
 
 from lora_tune.errors import LoraTuneError, MissingInputError, RecipeError, UsageError
 from lora_tune.recipe.closed_yaml import ClosedYaml, Problem, parse
-from lora_tune.recipe.schema import BUILTIN_BASES, BUILTIN_TEMPLATES, SECTIONS, Recipe, Section, conflicts
+from lora_tune.recipe.schema import BUILTIN_BASES, BUILTIN_TEMPLATES, SECTIONS, MixedSet, Recipe, Section, conflicts
 from lora_tune.recipe.template import read_template
 
 _FROM_SET = 0
 """Stands for a line number where the value came from `--set`."""
 
 _PATH_FIELDS = (("data", "path"), ("data", "eval_path"), ("data", "chat_template"))
+HUB = "hub:"
+"""Begins the path of a dataset on a hub."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,9 @@ def portable(recipe: Recipe) -> dict[str, Any]:
         value = values[section][key]
         if value is not None and Path(value).is_absolute():
             values[section][key] = Path(value).name
+    for part in values["data"]["mix"]:
+        if Path(part["path"]).is_absolute():
+            part["path"] = Path(part["path"]).name
     return values
 
 
@@ -146,7 +151,13 @@ def _validate(values: Mapping[str, Any], lines: Mapping[str, int]) -> tuple[Reci
     if len(sections) < len(SECTIONS):
         return None, problems
     recipe = Recipe(version=1, **sections)  # type: ignore[arg-type]
-    problems += [Problem(field, lines.get(field), message) for field, message in conflicts(recipe)]
+    broken = {problem.field.partition("[")[0] for problem in problems}
+    for field, message in conflicts(recipe):
+        if field != "data.path" or not broken & {
+            "data.path",
+            "data.mix",
+        }:  # a set that is wrong is not a set that is missing
+            problems.append(Problem(field, lines.get(field), message))
     return recipe, problems
 
 
@@ -160,6 +171,10 @@ def _validate_section(
         for detail in err.errors(include_url=False):
             key = str(detail["loc"][0])
             field = f"{name}.{key}"
+            if key == "mix" and len(detail["loc"]) > 2:
+                wrong.add(key)
+                problems.append(_mix_problem(detail, lines.get(field, lines.get(name))))
+                continue
             if key in wrong:
                 continue  # a union reports once per member
             wrong.add(key)
@@ -175,6 +190,18 @@ def _validate_section(
         return section.model_validate({key: value for key, value in given.items() if key not in wrong}), problems
     except ValidationError:
         return None, problems
+
+
+def _mix_problem(detail: Any, line: int | None) -> Problem:
+    """Name the set of data.mix and its setting."""
+    number, key = detail["loc"][1], str(detail["loc"][2])
+    if detail["type"] == "extra_forbidden":
+        message = f"unknown key{_did_you_mean(key, list(MixedSet.model_fields))}"
+    elif detail["type"] == "missing":
+        message = f"is required: {MixedSet.model_fields[key].description}"
+    else:
+        message = f"found {detail['input']!r}; {detail['msg'][0].lower()}{detail['msg'][1:]}"
+    return Problem(f"data.mix[{number + 1}].{key}", line, message)
 
 
 def _explain(section: type[Section], key: str, given: Mapping[str, Any], kind: str, message: str) -> str:
@@ -220,6 +247,15 @@ def _resolve_paths(
             problems.append(Problem(field, lines.get(field), found.reason, missing=found.missing))
         elif found != value:
             changed[name] = changed.get(name, getattr(recipe, name)).model_copy(update={key: found})
+    mix = []
+    for part in recipe.data.mix:
+        found = _file_place(part.path, folder, "path")
+        if isinstance(found, _NoPlace):
+            problems.append(Problem("data.mix", lines.get("data.mix"), found.reason, missing=found.missing))
+        else:
+            mix.append(part.model_copy(update={"path": found}))
+    if mix:
+        changed["data"] = changed.get("data", recipe.data).model_copy(update={"mix": tuple(mix)})
     return recipe.model_copy(update=changed), problems
 
 
@@ -233,15 +269,15 @@ class _NoPlace:
 
 
 def _file_place(value: str, folder: Path, key: str) -> str | _NoPlace:
-    """Return the file's absolute path; a template is read too, since a wrong one is cheap to find here."""
+    """Return the absolute path of a file, or of a folder of rows; a template is read too, since that is cheap here."""
     builtin = key == "chat_template" and value.startswith("builtin:")
     if builtin and value not in BUILTIN_TEMPLATES:
         return _NoPlace(f"no built-in template {value!r}{_did_you_mean(value, BUILTIN_TEMPLATES)}", missing=False)
-    if builtin:
+    if builtin or (key != "chat_template" and value.startswith(HUB)):
         return value
     try:
         full = _absolute(value, folder)
-        if not full.is_file():
+        if not full.is_file() and (key == "chat_template" or not full.is_dir()):
             return _NoPlace(f"no file at {full}", missing=True)
         if key == "chat_template":
             read_template(str(full))

@@ -3,6 +3,7 @@
 `--help`, the JSON Schema and docs/reference/recipe.md are generated from here; there is no second default anywhere.
 """
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -16,6 +17,9 @@ BUILTIN_BASES = ("builtin:smollm2-135m",)
 BUILTIN_TEMPLATES = ("builtin:plain",)
 """Chat templates that need no file; their text stands in recipe/template.py."""
 
+TooLong = Literal["fail", "drop", "cut_left", "cut_right", "split"]
+RowFormat = Literal["auto", "chat", "sharegpt", "prompt-completion", "alpaca", "text", "labelled", "preference", "kto"]
+Share = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,3}(\.[0-9]{1,4})?%$")]
 TargetName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$", max_length=256)]
 
 
@@ -41,32 +45,99 @@ class BaseSection(Section):
     """Compute dtype; `auto` is bf16 where the device computes it fast, fp32 elsewhere."""
 
 
+class MixedSet(Section):
+    """One of several sets that are trained together."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """A file, a folder or `hub:OWNER/NAME`, as `data.path`."""
+
+    revision: str | None = None
+    """The full commit of a hub dataset."""
+
+    format: RowFormat | None = None
+    """How its rows are laid out; null takes `data.format`."""
+
+    columns: Annotated[dict[str, str], Field(max_length=32)] | None = None
+    """Its own column names; null takes `data.columns`."""
+
+    repeat: Annotated[float, Field(gt=0.0, le=1000.0)] | None = None
+    """How often each of its rows is trained in an epoch: 2 twice, 0.25 a quarter of the rows, chosen by the seed."""
+
+    weight: Annotated[float, Field(gt=0.0, le=1e6)] | None = None
+    """Its share of the mixture beside the other weights, by rows; all sets have a weight, or none."""
+
+
 class DataSection(Section):
     """The rows, and which of their tokens are trained."""
 
-    path: Annotated[str, Field(min_length=1)]
-    """Rows to train on: `.jsonl`, `.json` or `.csv`, relative to the recipe."""
+    path: Annotated[str, Field(min_length=1)] | None = None
+    """Rows to train on: `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet` (also `.gz`, `.bz2`, `.xz`, `.zst`), a folder of
+    those, or `hub:OWNER/NAME`; relative to the recipe."""
+
+    revision: str | None = None
+    """The full commit of a hub dataset, 40 hexadecimal digits: a moving branch would change the rows."""
+
+    mix: Annotated[tuple[MixedSet, ...], Field(max_length=64, strict=False)] = ()
+    """Several sets instead of `path`, each with `path` and, if wanted, `weight` or `repeat`, `format`, `columns`."""
 
     eval_path: str | None = None
-    """Held-out rows in the same format; null holds out `eval_split` of `path` instead."""
+    """Held-out rows in the same format; null holds out `eval_split` of the rows instead."""
 
-    format: Literal["auto", "chat", "prompt-completion", "alpaca"] = "auto"
+    format: RowFormat = "auto"
     """How a row is laid out; `auto` looks at the columns and says what it found."""
 
-    train_on: Literal["assistant", "completion", "all"] = "assistant"
-    """Which tokens are trained: every assistant message, only the final answer, or all tokens."""
+    columns: Annotated[dict[str, str], Field(max_length=32)] = Field(default_factory=dict)
+    """Other names of the format's columns, as `{ours: yours}`: `{prompt: question, completion: answer}`."""
+
+    train_on: Literal["assistant", "last_assistant", "completion", "all"] = "assistant"
+    """Which tokens are trained: every assistant message, the last one, those of the completion, or all tokens."""
 
     max_seq_tokens: Annotated[int, Field(ge=8, le=1_048_576)] = 1024
     """Longest row in tokens, template included."""
 
-    too_long: Literal["fail", "drop", "cut_right"] = "drop"
-    """What happens to a longer row: stop the run, drop the row, or cut its end. Always counted."""
+    too_long: TooLong = "drop"
+    """What happens to a longer row: stop the run, drop the row, cut its beginning or its end, or split it into several.
+    Always counted."""
+
+    max_lost_tokens: Share = "5%"
+    """Largest share of the trained tokens that may be lost to `max_seq_tokens`; above it the run stops before it starts."""
+
+    max_bad_rows: Annotated[int, Field(ge=0)] = 0
+    """So many rows that cannot be used may be left out, each named; with more the run stops before it starts."""
 
     eval_split: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
-    """Share of `path` held out for evaluation, chosen by `train.seed`."""
+    """Share of the rows held out for evaluation, chosen by `train.seed`."""
 
     chat_template: str | None = None
     """A Jinja file, or `builtin:plain` for a base without a template; null takes the base's own."""
+
+
+class AugmentSection(Section):
+    """More variety from a small set: training rows only, seeded, counted; all off by default."""
+
+    copies: Annotated[int, Field(ge=0, le=20)] = 0
+    """Changed copies of each training row, made with the changes below; the row itself always stays."""
+
+    case: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Share of the copies whose user messages are written in lower case, upper case or with a capital first letter."""
+
+    typos: Annotated[float, Field(ge=0.0, le=0.2)] = 0.0
+    """Share of the words of user messages that get a slip of the keyboard in a copy."""
+
+    punctuation: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Share of the copies whose user messages lose or gain a final mark."""
+
+    prompts: Annotated[
+        tuple[Annotated[str, StringConstraints(pattern=r"^[^{}]*\{prompt\}[^{}]*$", max_length=4096)], ...],
+        Field(max_length=256, strict=False),
+    ] = ()
+    """Ways to say the same, each with `{prompt}` once; a copy's first user message is put into one of them."""
+
+    balance_labels: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Labelled rows: rare labels are repeated up to this share of the commonest label's rows; 0 repeats none."""
+
+    neftune_alpha: Annotated[float, Field(ge=0.0, le=100.0)] = 0.0
+    """NEFTune: uniform noise on the embeddings while training, scaled by alpha / sqrt(tokens x width); 5 is usual."""
 
 
 class LoraSection(Section):
@@ -112,6 +183,10 @@ class TrainSection(Section):
 
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=4096)] = 1
     """Forward passes in one step."""
+
+    batching: Literal["grouped", "random", "packed"] = "grouped"
+    """How rows share a micro-batch: rows of like length together, rows at random, or several rows joined up to
+    `data.max_seq_tokens` with attention kept within each."""
 
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)] = 2e-4
     """Peak learning rate of AdamW; LoRA wants about ten times that of full fine-tuning."""
@@ -166,6 +241,7 @@ class Recipe(Section):
 
     base: BaseSection
     data: DataSection
+    augment: AugmentSection = AugmentSection()
     lora: LoraSection = LoraSection()
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
@@ -175,6 +251,7 @@ class Recipe(Section):
 SECTIONS: dict[str, type[Section]] = {
     "base": BaseSection,
     "data": DataSection,
+    "augment": AugmentSection,
     "lora": LoraSection,
     "train": TrainSection,
     "eval": EvalSection,
@@ -187,12 +264,29 @@ _HEADS = {"lm_head", "embed_tokens", "embed_out", "wte"}
 
 def conflicts(recipe: Recipe) -> list[tuple[str, str]]:
     """Return (field, message) for every combination of settings that cannot be meant."""
-    base, data, lora, evaluation = recipe.base, recipe.data, recipe.lora, recipe.eval
-    held_out = data.eval_path is not None or data.eval_split > 0
+    base, data, lora, evaluation, augment = recipe.base, recipe.data, recipe.lora, recipe.eval, recipe.augment
+    changes = [name for name in ("case", "typos", "punctuation", "prompts") if getattr(augment, name)]
+    # A folder or a hub dataset may bring held-out files of its own.
+    paths = [part.path for part in data.mix] or [data.path or ""]
+    may_hold_out = any(path.startswith("hub:") or not Path(path).suffix for path in paths)
+    held_out = data.eval_path is not None or data.eval_split > 0 or may_hold_out
     local = base.name.startswith(("builtin:", "./", "../", "/", "~")) or base.name.endswith(".gguf")
     targets = lora.targets if lora.targets != "all-linear" else ()
     heads = sorted(name for name in targets if name.rpartition(".")[2] in _HEADS)
     rules = [
+        ((data.path is None) == (not data.mix), "data.path",
+         "one of data.path and data.mix says where the rows are; "
+         + ("both are set" if data.mix else "neither is set")),
+        (0 < sum(part.weight is not None for part in data.mix) < len(data.mix), "data.mix",
+         "some sets have a weight and some have none; give every set one, or none"),
+        (any(part.weight is not None and part.repeat is not None for part in data.mix), "data.mix",
+         "a set has weight and repeat; its share comes from one of them"),
+        (data.revision is not None and not (data.path or "").startswith("hub:"), "data.revision",
+         "only a hub dataset (data.path: hub:OWNER/NAME) has revisions"),
+        (augment.copies > 0 and not changes, "augment.copies",
+         "copies without a change would be exact copies; set case, typos, punctuation or prompts"),
+        (augment.copies == 0 and bool(changes), "augment.copies",
+         f"{', '.join(changes)} change copies, and there are none; set augment.copies"),
         (data.eval_path is not None and data.eval_split > 0, "data.eval_split",
          "eval_split and eval_path are both set; held-out rows come from one of them"),
         (evaluation.every_steps is not None and not held_out, "eval.every_steps",

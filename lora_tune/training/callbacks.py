@@ -21,6 +21,9 @@ class TokenCounts(Protocol):
     """Who counts the tokens that went through the model."""
 
     n_tokens: int
+    """Without padding."""
+    n_padded: int
+    """With padding."""
     n_trained: int
 
 
@@ -63,6 +66,7 @@ class StepLog(TrainerCallback):
             "grad_norm": float(logs["grad_norm"]),
             "tokens": tokens,
             "trained_tokens": self.counts.n_trained if self.counts else 0,
+            "padding_share": round(1 - tokens / self.counts.n_padded, 4) if self.counts else 0.0,
             "tokens_per_second": round(tokens / self.seconds, 2),
             "peak_memory_gib": round(peak_memory_gib(), 3),
             "elapsed_seconds": round(self.seconds, 3),

@@ -23,6 +23,8 @@ class RunReport:
     parameter_bytes: int
     """Bytes of the LoRA weights alone."""
     counts: dict[str, dict[str, int]]
+    data: dict[str, Any]
+    """The ledger: where every row and token went, by source and by role."""
     outcome: Outcome
     evaluation: dict[str, Any] | None
     seconds: dict[str, float]
@@ -41,6 +43,7 @@ class RunReport:
                 "parameter_bytes": self.parameter_bytes,
             },
             "data": self.counts,
+            "data_ledger": self.data,
             "training": self.outcome.as_dict(),
             "evaluation": self.evaluation,
             "seconds": self.seconds,

@@ -50,6 +50,7 @@ def train(
             outcome = fit(
                 model, ready.tokenizer, ready.splits, recipe.train, recipe.eval,
                 placement=placement, device=device, folder=run.path, notify=notify,
+                max_seq_tokens=recipe.data.max_seq_tokens, neftune_alpha=recipe.augment.neftune_alpha,
             )  # fmt: skip
         notify({"event": "progress", "label": "exporting and loading back", "share": 0.0})
         with clock.part("export"):
@@ -63,7 +64,7 @@ def train(
         run=run.path, adapter=run.adapter, version=version, digest=registry.content_digest(adapter),
         weights_digest=adapter.weights_digest, weights_bytes=adapter.weights_bytes,
         parameter_bytes=sum(weight.numel() * weight.element_size() for weight in trained_weights(model).values()),
-        counts=ready.splits.counts(), outcome=outcome, evaluation=measured, seconds=clock.seconds,
+        counts=ready.splits.counts(), data={**ready.splits.checked.as_dict(), **ready.splits.ledger()}, outcome=outcome, evaluation=measured, seconds=clock.seconds,
     )  # fmt: skip
     run.write_json("report.json", report.as_dict())
     return report
@@ -102,7 +103,7 @@ def _write_run_facts(run: RunDir, loaded: LoadedRecipe, ready: Prepared) -> None
         "versions": library_versions(),
         "base": {"name": recipe.base.name, "revision": ready.files.revision, **identity.as_dict()},
         "chat_template": hashlib.sha256(ready.tokenizer.chat_template.encode()).hexdigest(),
-        "data": {"digest": ready.splits.digest, "counts": ready.splits.counts()},
+        "data": {**ready.splits.checked.as_dict(), **ready.splits.ledger()},
         "recipe_digest": canonical_digest(portable(recipe)),
     })  # fmt: skip
 

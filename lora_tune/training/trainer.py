@@ -5,10 +5,13 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -18,6 +21,16 @@ from lora_tune.errors import OutOfMemoryError, TrainingError
 from lora_tune.model.load import Device, Placement
 from lora_tune.model.quantization import is_quantized
 from lora_tune.recipe.schema import EvalSection, TrainSection
+from lora_tune.training.batching import (
+    N_TOKENS,
+    Feed,
+    Precision,
+    check_packing,
+    join_packs,
+    needs_one_line,
+    short_rows,
+    train_feed,
+)
 from lora_tune.training.callbacks import BestWeights, FiniteGradients, StepLog, peak_memory_gib
 from lora_tune.training.prepare import Notify
 
@@ -62,9 +75,12 @@ class Outcome:
 
 
 def sft_settings(
-    section: TrainSection, evaluation: EvalSection, placement: Placement, device: Device
+    section: TrainSection, evaluation: EvalSection, placement: Placement, device: Device, *, neftune_alpha: float = 0.0
 ) -> dict[str, Any]:
-    """Return the recipe's part of SFTConfig: recipe field → upstream argument, in one table."""
+    """Return the recipe's part of SFTConfig: recipe field → upstream argument, in one table.
+
+    `train.batching` is not in it: batching.py feeds the trainer.
+    """
     return {
         "num_train_epochs": section.epochs,
         "max_steps": -1 if section.max_steps is None else section.max_steps,
@@ -78,6 +94,7 @@ def sft_settings(
         "max_grad_norm": section.max_grad_norm,
         "gradient_checkpointing": section.gradient_checkpointing,
         "seed": section.seed,
+        "neftune_noise_alpha": neftune_alpha or None,  # 0.0 would hook the embeddings for nothing
         "eval_strategy": "no" if evaluation.every_steps is None else "steps",
         "eval_steps": evaluation.every_steps,
         "bf16": placement.autocast_bf16,
@@ -97,26 +114,47 @@ def loss_head(device: Device, model: Any) -> str:
 class Trainer(SFTTrainer):
     """TRL's trainer, fed with finished tokens and labels; stops at the first loss that is not a number."""
 
+    feed: Feed
+    """The training rows in their order."""
+    held_out_order: Sequence[int] = ()
+    """Held-out rows, longest first: the least padding, and the most memory at once."""
     head = "trl"
     n_tokens = 0
     n_trained = 0
     n_padded = 0
 
+    def get_train_dataloader(self) -> Any:
+        """Return the training rows as `train.batching` wants them."""
+        return self._loader(self.feed.dataset, self.feed.order, self.feed.collate)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return the held-out rows, sorted by length; never packed."""
+        return self._loader(self.eval_dataset, self.held_out_order, self.data_collator)
+
+    def _loader(self, dataset: Any, order: Any, collate: Any) -> Any:
+        return self.accelerator.prepare(
+            DataLoader(
+                dataset,
+                batch_size=self.args.per_device_train_batch_size,
+                sampler=order,
+                collate_fn=collate,
+                pin_memory=self.args.dataloader_pin_memory,
+            )
+        )
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the mean negative log-likelihood of the trained tokens over the whole accumulated batch."""
+        inputs = {name: value for name, value in inputs.items() if name != N_TOKENS}
         labels = inputs["labels"][:, 1:]
         positions = (labels != IGNORE_INDEX).any(dim=0).nonzero().flatten()
         logits_bytes = labels.shape[0] * len(positions) * model.config.get_text_config().vocab_size * 4
         if self.head != "supervised" or self.aux_loss_enabled or return_outputs or logits_bytes > MAX_LOGITS_BYTES:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        logits = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            use_cache=False,
-            logits_to_keep=positions,
-        ).logits
+        seen = {name: value for name, value in inputs.items() if name != "labels"}
+        # No cache: with one, transformers would not look for packed rows.
+        logits = model(**seen, use_cache=False, logits_to_keep=positions).logits
         targets = labels[:, positions]
         summed = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
@@ -140,8 +178,8 @@ class Trainer(SFTTrainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         """Run one micro-batch, count its tokens, and refuse to go on from a loss that is not a number."""
-        self.n_tokens += int(inputs["attention_mask"].sum())
-        self.n_padded += int(inputs["attention_mask"].numel())
+        self.n_tokens += int(inputs[N_TOKENS] if N_TOKENS in inputs else inputs["attention_mask"].sum())
+        self.n_padded += int(inputs["input_ids"].numel())
         self.n_trained += int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
@@ -152,11 +190,19 @@ class Trainer(SFTTrainer):
         return loss
 
 
-def make_trainer(
+def make_trainer(  # noqa: PLR0913
     model: Any, tokenizer: Any, splits: Splits, section: TrainSection, evaluation: EvalSection, *,
     placement: Placement, device: Device, folder: Path, callbacks: Sequence[Any] = (),
+    max_seq_tokens: int = 1024, neftune_alpha: float = 0.0,
 ) -> Trainer:  # fmt: skip
-    """Return a trainer that passes our `input_ids` and `labels` to the model untouched."""
+    """Return a trainer that passes our `input_ids` and `labels` to the model untouched.
+
+    Args:
+        max_seq_tokens: tokens of a full pack, where `train.batching` is `packed`; no row is longer.
+        neftune_alpha: noise on the embeddings while training; 0 adds none.
+
+    The others are those of `fit`.
+    """
     held_out = splits.held_out if evaluation.every_steps is not None else None
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
     trainer = Trainer(
@@ -173,7 +219,7 @@ def make_trainer(
             optim="adamw_torch",
             dataloader_pin_memory=device.kind == "cuda",
             gradient_checkpointing_kwargs={"use_reentrant": False} if section.gradient_checkpointing else None,
-            **sft_settings(section, evaluation, placement, device),
+            **sft_settings(section, evaluation, placement, device, neftune_alpha=neftune_alpha),
         ),
         train_dataset=as_examples(splits.train.rows),
         eval_dataset=as_examples(held_out.rows) if held_out else None,
@@ -185,26 +231,38 @@ def make_trainer(
         for name, parameter in model.named_parameters():
             if name in dtypes:
                 parameter.data = parameter.data.to(dtypes[name])
+    trainer.feed = train_feed(
+        trainer.train_dataset, splits.train.n_tokens_by_row, section, max_seq_tokens=max_seq_tokens,
+        collate_rows=trainer.data_collator,
+        collate_packs=partial(join_packs, pad_id=tokenizer.pad_token_id, one_line=needs_one_line(model)),
+    )  # fmt: skip
+    if held_out:
+        trainer.held_out_order = np.argsort(-held_out.n_tokens_by_row, kind="stable").tolist()
     trainer.head = loss_head(device, model.get_base_model())
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def fit(
+def fit(  # noqa: PLR0913
     model: Any, tokenizer: Any, splits: Splits, section: TrainSection, evaluation: EvalSection, *,
     placement: Placement, device: Device, folder: Path, notify: Notify,
+    max_seq_tokens: int = 1024, neftune_alpha: float = 0.0,
 ) -> Outcome:  # fmt: skip
     """Train the adapter in place and return what happened.
 
     Raises:
-        TrainingError: the loss is no longer a number (exit 65).
+        TrainingError: the loss is no longer a number, or rows are to be packed on a base that lets them see each other
+            (exit 65).
     """
     log = StepLog(folder / "metrics.jsonl", notify)
     best = BestWeights(evaluation.early_stopping_patience)
     trainer = make_trainer(
-        model, tokenizer, splits, section, evaluation, placement=placement, device=device, folder=folder, callbacks=[log, best, FiniteGradients()]
+        model, tokenizer, splits, section, evaluation, placement=placement, device=device, folder=folder,
+        callbacks=[log, best, FiniteGradients()], max_seq_tokens=max_seq_tokens, neftune_alpha=neftune_alpha,
     )  # fmt: skip
     log.counts = trainer
+    if section.batching == "packed":
+        prove_packing(trainer, placement, device)
     trainer.train()
     # accelerate leaves the model inside its autocast; whoever loads the adapter computes without it.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -226,6 +284,20 @@ def fit(
     )
 
 
+def prove_packing(trainer: Trainer, placement: Placement, device: Device) -> None:
+    """Check that this base keeps packed rows apart, in the very precision it is trained in.
+
+    Raises:
+        TrainingError: it does not (exit 65).
+    """
+    model = trainer.model
+    precision: Precision = "fp32" if placement.dtype == "fp32" else "rounded"
+    if is_quantized(model):
+        precision = "int8" if getattr(model, "is_loaded_in_8bit", False) else "rounded"
+    with torch.autocast(device.kind, torch.bfloat16, enabled=placement.autocast_bf16):
+        check_packing(model, short_rows(trainer.train_dataset), precision=precision)
+
+
 @contextmanager
 def memory_guard(section: TrainSection, splits: Splits) -> Iterator[None]:
     """Translate what runs out of memory in the block.
@@ -238,9 +310,9 @@ def memory_guard(section: TrainSection, splits: Splits) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as err:
         if type(err) is RuntimeError and not any(sign in str(err) for sign in _OUT_OF_MEMORY):
             raise
-        longest = max(len(row.input_ids) for row in splits.train.rows)
+        what = f"rows of up to {int(splits.train.n_tokens_by_row.max())} tokens"
         raise OutOfMemoryError(
-            f"out of memory with {section.micro_batch_sequences} rows of up to {longest} tokens "
+            f"out of memory with {section.micro_batch_sequences} {'packs of rows' if section.batching == 'packed' else what} "
             f"({peak_memory_gib():.2f} GiB at the peak): {(str(err) or type(err).__name__).splitlines()[0]}",
             hint="halve train.micro_batch_sequences and double train.gradient_accumulation_steps (now "
             f"{section.micro_batch_sequences} and {section.gradient_accumulation_steps}); then "

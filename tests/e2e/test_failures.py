@@ -60,22 +60,21 @@ def test_ctrl_c_is_exit_130_and_says_so(trained, tmp_path, capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["error"]["code"] == "interrupted"
 
 
-def test_exact_match_compares_with_what_the_model_would_write(trained, tokenizer):
+def test_exact_match_compares_with_what_the_model_would_write(tmp_path):
     """A template that writes an empty thinking block before the words: a perfect model is 100 % right."""
-    from lora_tune.data.dataset import tokenize_set
-    from lora_tune.data.messages import Conversation, Message
+    from lora_tune.data.dataset import prepare_dataset
     from lora_tune.data.tokens import answer_ids
     from lora_tune.evaluation import evaluate as evaluation
     from lora_tune.recipe.schema import DataSection
-    from tests.tiny import TEMPLATES, tiny_tokenizer
+    from tests.tiny import TEMPLATES, tiny_tokenizer, write_jsonl
 
     thinking = tiny_tokenizer()
     thinking.chat_template = TEMPLATES["thinking block"]
-    rows = [
-        Conversation((Message("user", f"turn {n}"), Message("assistant", f"lights {n}")), 1, f"row:{n}")
-        for n in range(3)
-    ]
-    held_out = tokenize_set(rows, thinking, DataSection(path="x.jsonl"))
+    path = write_jsonl(
+        tmp_path / "rows.jsonl", [{"prompt": f"turn {n}", "completion": f"lights {n}"} for n in range(3)]
+    )
+    held_out = prepare_dataset(DataSection(path=str(path)), thinking, seed=0).train
+    rows = list(held_out.rows.conversations())
     perfect = {tuple(row.messages): evaluation._text(thinking, answer_ids(row, thinking)) for row in rows}
     patch = pytest.MonkeyPatch()
     patch.setattr(evaluation, "_answer", lambda model, tok, asked, *_: [perfect[tuple(row.messages)] for row in asked])

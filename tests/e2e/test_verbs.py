@@ -268,9 +268,11 @@ def test_a_taken_run_folder_is_exit_73(trained, capsys):
 
 
 def test_early_stopping_keeps_the_best_weights(tmp_path, tiny_bases, capsys):
+    # Held-out answers that training leads away from.
+    write_jsonl(tmp_path / "other.jsonl", [{"prompt": f"say {n}", "completion": "9 8 7 6 5 4"} for n in range(4)])
     recipe = write_recipe(
-        tmp_path, tiny_bases(), rows=24, held_out=4,
-        train={"max_steps": 60, "learning_rate": 0.5, "schedule": "constant"}, eval={"every_steps": 2, "early_stopping_patience": 2},
+        tmp_path, tiny_bases(), data={"eval_path": "other.jsonl"},
+        train={"max_steps": 60, "learning_rate": 0.05, "schedule": "constant"}, eval={"every_steps": 2, "early_stopping_patience": 2},
     )  # fmt: skip
     code, found = _json(capsys, "train", recipe, "--run-dir", tmp_path / "run", "--registry", tmp_path / "r")
     assert code == 0

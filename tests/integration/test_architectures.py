@@ -11,7 +11,7 @@ from lora_tune.adapter.door import CONFIG, WEIGHTS, open_adapter
 from lora_tune.adapter.live import open_live
 from lora_tune.adapter.merge import merge_adapter
 from lora_tune.adapter.probes import probe_logits, replay_probes
-from lora_tune.cli import verbs
+from lora_tune.cli import recipe_verbs
 from lora_tune.errors import AdapterMismatchError, CannotCreateError, RecipeError, RefusedError
 from lora_tune.model.dense import BaseFiles
 from lora_tune.model.load import load_base
@@ -33,7 +33,7 @@ def _ignore(*_):
 
 def _train(folder, base, /, **sections):
     folder.mkdir(parents=True)
-    report = verbs.train(
+    report = recipe_verbs.train(
         write_recipe(folder, base, **sections),
         (),
         run_dir=folder / "run",

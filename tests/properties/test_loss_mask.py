@@ -1,26 +1,30 @@
 """Any conversation × many templates: what is trained is the answer and its end, after the prompt of its use."""
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_tune.data.messages import Conversation, Message
-from lora_tune.data.tokens import end_of_turn_ids, prompt_ids, render, tokenize, trained_text
-from tests.integration.test_real_templates import with_template
+from lora_tune.data.messages import Conversation, Message, ToolCall
+from lora_tune.data.rendering import answer_spans, render
+from lora_tune.data.tokens import end_of_turn_ids, prompt_ids, tokenize, trained_text
+from tests.integration.test_real_templates import LAST_TURN_ONLY, TOOLS, WRITES_REASONING, WRITES_TOOLS, with_template
 from tests.tiny import TEMPLATES, tiny_tokenizer
 
 END = "<|im_end|>"
 # Families that take any order of a system message and turns.
 FAMILIES = (
     "cohere", "cohere2", "gemma3", "gptoss", "lfm2", "llama3", "llama3_1", "llama3_2", "phi3", "phi3_5", "qwen2_5", "qwen3",
-    "qwen3_8", "qwen3_instruct_2507", "nemotron_3_nano", "muse_glimmer",
+    "qwen3_8", "qwen3_instruct_2507", "nemotron_3_nano", "muse_glimmer", "idefics3", "llava_next", "smolvlm",
 )  # fmt: skip
 # What the model writes before the words: a thinking block is not in the generation prompt, so it is the model's.
 BEFORE = {"thinking block": "<think>\n\n</think>\n\n"}
 
 words = st.text(
     st.characters(codec="utf-8", exclude_categories=("Cs", "Cc"), include_characters="\n\t "), min_size=1, max_size=30
-).filter(lambda text: text.strip() and not any(token in text for token in ("<|", "x7f3a9", "k2c8d1")))
+).filter(lambda text: text.strip() and "<" not in text)
+leaves = st.one_of(words, st.integers(-9999, 9999), st.booleans(), st.lists(words, min_size=1, max_size=2))
 
 
 @st.composite
@@ -29,6 +33,34 @@ def conversations(draw):
     for _ in range(draw(st.integers(1, 3))):
         messages += [Message("user", draw(words)), Message("assistant", draw(words))]
     return Conversation(tuple(messages), len(messages) - 1, "row:1")
+
+
+@st.composite
+def tool_conversations(draw):
+    """Tools are called and answer, once or twice in a row; each message's words begin with a sign of its own."""
+    messages = [Message("system", f"sys0 {draw(words)}")] if draw(st.booleans()) else []
+    messages.append(Message("user", f"usr1 {draw(words)}"))
+    for number in range(draw(st.integers(1, 2))):
+        arguments = {"town": f"arg{number} {draw(words)}", "days": draw(leaves)}
+        call = ToolCall("get_weather", json.dumps(arguments, ensure_ascii=False), f"call{number:05}")
+        messages.append(Message("assistant", "", tool_calls=(call,)))
+        messages.append(Message("tool", f"got{number} {draw(words)}", name="get_weather", call_id=call.call_id))
+    messages.append(Message("assistant", f"ans1 {draw(words)}"))
+    return Conversation(tuple(messages), len(messages) - 1, "row:1", tools=TOOLS)
+
+
+@st.composite
+def reasoned(draw):
+    """One or two turns, of which the last one was thought about."""
+    messages = []
+    for number in range(draw(st.integers(1, 2))):
+        messages += [Message("user", f"usr{number} {draw(words)}"), Message("assistant", f"ans{number} {draw(words)}")]
+    messages[-1] = Message("assistant", messages[-1].content, reasoning=f"why {draw(words)}")
+    return Conversation(tuple(messages), len(messages) - 1, "row:1")
+
+
+def without_blanks(text):
+    return "".join(text.split())
 
 
 @pytest.fixture(scope="module", params=TEMPLATES)
@@ -43,6 +75,21 @@ def family(request):
     return with_template(request.param)
 
 
+@pytest.fixture(scope="module", params=sorted(WRITES_TOOLS))
+def tool_family(request):
+    return with_template(request.param)
+
+
+@pytest.fixture(scope="module", params=sorted(WRITES_REASONING))
+def reasoning_family(request):
+    return with_template(request.param)
+
+
+def test_there_are_enough_families():
+    assert len(set(FAMILIES) | WRITES_TOOLS | WRITES_REASONING) >= 36
+    assert WRITES_TOOLS >= LAST_TURN_ONLY
+
+
 @settings(max_examples=40, deadline=None)
 @given(conversation=conversations())
 def test_exactly_the_assistants_words_and_end_of_turns_are_trained(templated, conversation):
@@ -52,7 +99,7 @@ def test_exactly_the_assistants_words_and_end_of_turns_are_trained(templated, co
     expected = "".join(f"{BEFORE.get(name, '')}{text}{END}" for text in spoken)
     found = trained_text(row, tokenizer)
     # Templates that do not trim keep the blanks around the words; they are trained with them.
-    assert "".join(found.split()) == "".join(expected.split())
+    assert without_blanks(found) == without_blanks(expected)
     assert found.count(END) == len(spoken)
 
 
@@ -79,7 +126,7 @@ def test_the_tokens_read_as_the_whole_text(templated, conversation):
     assert list(row.input_ids) == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(conversation=conversations())
 def test_real_families_train_the_last_answer_after_its_prompt_and_nothing_else(family, conversation):
     row = tokenize(conversation, family, train_on="completion")
@@ -87,5 +134,38 @@ def test_real_families_train_the_last_answer_after_its_prompt_and_nothing_else(f
     assert list(row.input_ids[: len(prompt)]) == prompt
     assert not any(row.trained[: len(prompt)])
     found = trained_text(row, family)
-    assert "".join(conversation.final_answer.split()) in "".join(found.split())
+    assert without_blanks(conversation.final_answer) in without_blanks(found)
     assert found.endswith(family.decode(end_of_turn_ids(family)))
+
+
+@settings(max_examples=6, deadline=None)
+@given(conversation=tool_conversations())
+def test_calls_and_answers_are_trained_and_tools_and_their_answers_are_not(tool_family, conversation):
+    calls = [n for n, message in enumerate(conversation.messages) if message.role == "assistant"]
+    text, spans = answer_spans(tool_family, conversation, calls)
+    pieces = [text[span.start : span.end] for span in spans]
+    for number, piece in enumerate(pieces[:-1]):
+        assert piece.count(f"arg{number}") == 1
+        assert "get_weather" in piece
+        prompt = render(tool_family, conversation.messages[: calls[number]], tools=TOOLS, add_generation_prompt=True)
+        assert text[: spans[number].start] == prompt
+    assert pieces[-1].count("ans1") == 1
+    row = tokenize(conversation, tool_family, train_on="assistant")
+    found = trained_text(row, tool_family)
+    assert without_blanks(found) == without_blanks("".join(pieces))
+    for sign in ("sys0", "usr1", "got0", "got1", "Weather of a town"):
+        assert sign not in found
+
+
+@settings(max_examples=10, deadline=None)
+@given(conversation=reasoned())
+def test_reasoning_and_words_are_trained_after_the_prompt_of_use(reasoning_family, conversation):
+    row = tokenize(conversation, reasoning_family, train_on="completion")
+    prompt = prompt_ids(reasoning_family, conversation.prompt)
+    assert list(row.input_ids[: len(prompt)]) == prompt
+    assert row.trained.index(True) == len(prompt)
+    found = without_blanks(trained_text(row, reasoning_family))
+    last = conversation.messages[-1]
+    thought, said = found.index(without_blanks(last.reasoning)), found.rindex(without_blanks(last.content))
+    assert thought + len(without_blanks(last.reasoning)) <= said
+    assert "usr" not in found

@@ -7,9 +7,19 @@ import pytest
 
 from lora_tune.data.dataset import prepare_dataset
 from lora_tune.data.lint import check_rows
+from lora_tune.errors import DataError
 from lora_tune.model.load import Device, place, read_template
 from lora_tune.model.resolve import locate
-from lora_tune.recipe.schema import SECTIONS, BaseSection, DataSection, EvalSection, LoraSection, Recipe, TrainSection
+from lora_tune.recipe.schema import (
+    SECTIONS,
+    AugmentSection,
+    BaseSection,
+    DataSection,
+    EvalSection,
+    LoraSection,
+    Recipe,
+    TrainSection,
+)
 from lora_tune.training.callbacks import BestWeights
 from tests.tiny import home_rows, write_jsonl
 
@@ -23,6 +33,8 @@ SHOWN_ELSEWHERE = {
     "eval.generate": "tests/e2e/test_verbs.py::test_train_measures_generated_answers",
     "eval.generate_rows": "tests/e2e/test_verbs.py::test_train_measures_generated_answers",
     "output.name": "tests/e2e/test_verbs.py::test_train_exports_registers_and_reports",
+    "train.batching": "tests/invariant/test_training_invariants.py::test_each_step_says_its_padding_and_the_last_says_that_of_the_run",
+    "augment.neftune_alpha": "tests/invariant/test_training_invariants.py::test_neftune_is_asked_for_only_when_it_is_wanted",
     "train.method": "the only value today is sft; it is recorded in the passport's recipe",
 }
 TRAIN = {
@@ -40,6 +52,7 @@ def _all_fields() -> list[str]:
 def test_every_field_is_covered_here_and_the_total_is_capped():
     data = {f"data.{field}" for field in DataSection.model_fields}
     covered = {f"train.{key}" for key in TRAIN} | {f"lora.{key}" for key in LORA} | data | set(SHOWN_ELSEWHERE)
+    covered |= {f"augment.{key}" for key in (*CHANGES, "balance_labels")}
     covered |= {"base.name", "base.dtype", "eval.every_steps", "eval.early_stopping_patience"}
     assert sorted(covered) == sorted(_all_fields())
     assert len(_all_fields()) <= MAX_KEYS
@@ -93,30 +106,80 @@ def test_base_settings_choose_place_and_dtype(tmp_path):
     assert place(CUDA, BaseSection(name="x/y", dtype="fp32")) != place(CUDA, BaseSection(name="x/y"))
 
 
-def test_data_settings_change_the_rows(tmp_path, tokenizer):
-    rows = write_jsonl(tmp_path / "rows.jsonl", home_rows(20))
+def _digest(tokenizer: Any, path: Path, *, augment: AugmentSection | None = None, **settings: Any) -> str:
+    section = DataSection(**{"path": str(path), "max_lost_tokens": "100%", **settings})
+    return prepare_dataset(section, tokenizer, seed=0, augment=augment).digest
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return write_jsonl(tmp_path / "rows.jsonl", home_rows(20))
+
+
+def test_data_settings_change_the_rows(tmp_path, tokenizer, rows):
     held = write_jsonl(tmp_path / "held.jsonl", home_rows(24)[20:])
     two_turns = write_jsonl(tmp_path / "two.jsonl", [
         {"messages": [*row["messages"], {"role": "user", "content": "thanks"}, {"role": "assistant", "content": "bye"}]}
         for row in home_rows(3)
     ])  # fmt: skip
+    plain = _digest(tokenizer, rows)
+    assert _digest(tokenizer, held) != plain
+    assert _digest(tokenizer, rows, eval_path=str(held)) != plain
+    assert _digest(tokenizer, rows, eval_split=0.2) != plain
+    assert _digest(tokenizer, rows, train_on="all") != plain
+    for train_on in ("completion", "last_assistant"):
+        assert _digest(tokenizer, two_turns, train_on=train_on) != _digest(tokenizer, two_turns)
+    mixed = ({"path": str(rows)}, {"path": str(held), "repeat": 2})
+    assert prepare_dataset(DataSection(mix=mixed), tokenizer, seed=0).digest != plain
+    (tmp_path / "own.txt").write_text("{{ messages }}")
+    assert read_template("builtin:plain") != read_template(str(tmp_path / "own.txt")) == "{{ messages }}"
+
+
+def test_length_settings_change_the_rows(tokenizer, rows):
+    counts = prepare_dataset(DataSection(path=str(rows)), tokenizer, seed=0).train.counts
+    short = counts.longest_tokens - 3
+    digests = {_digest(tokenizer, rows)}
+    for too_long in ("drop", "cut_left", "cut_right", "split"):
+        digests.add(_digest(tokenizer, rows, max_seq_tokens=short, too_long=too_long))
+    assert len(digests) == 5
+    with pytest.raises(DataError, match="too_long is fail"):
+        _digest(tokenizer, rows, max_seq_tokens=short, too_long="fail")
+    with pytest.raises(DataError, match="max_lost_tokens allows 0%"):
+        _digest(tokenizer, rows, max_seq_tokens=short, max_lost_tokens="0%")
+
+
+def test_format_columns_and_bad_rows_settings_change_what_is_read(tmp_path, rows):
     alpaca = write_jsonl(
         tmp_path / "alpaca.jsonl", [{"instruction": "a", "input": "", "output": "b", "prompt": "p", "completion": "c"}]
     )
+    own = write_jsonl(tmp_path / "own.jsonl", [{"question": "a", "answer": "b"}, {"question": "a"}])
+    assert check_rows(DataSection(path=str(alpaca), format="alpaca"), seed=0).row_format == "alpaca"
+    assert (
+        check_rows(DataSection(path=str(alpaca), format="prompt-completion"), seed=0).row_format == "prompt-completion"
+    )
+    columns = {"prompt": "question", "completion": "answer"}
+    with pytest.raises(DataError, match="1 row cannot be used"):
+        check_rows(DataSection(path=str(own), columns=columns), seed=0)
+    checked = check_rows(DataSection(path=str(own), columns=columns, max_bad_rows=1), seed=0)
+    assert (checked.n_train, checked.left_out) == (1, 1)
+    with pytest.raises(DataError, match="no full commit"):
+        check_rows(DataSection(path="hub:a/b", revision="main"), seed=0)
 
-    def digest(**settings: Any) -> str:
-        return prepare_dataset(DataSection(**{"path": str(rows), **settings}), tokenizer, seed=0).digest
 
-    plain = digest()
-    assert digest(path=str(held)) != plain
-    assert digest(eval_path=str(held)) != plain
-    assert digest(eval_split=0.2) != plain
-    assert digest(train_on="all") != plain
-    assert digest(path=str(two_turns), train_on="completion") != digest(path=str(two_turns))
-    longest = prepare_dataset(DataSection(path=str(rows)), tokenizer, seed=0).train.counts.longest_tokens
-    assert digest(max_seq_tokens=longest - 1) != plain
-    assert digest(max_seq_tokens=longest - 1, too_long="cut_right") != digest(max_seq_tokens=longest - 1)
-    named = check_rows(DataSection(path=str(alpaca), format="alpaca"), seed=0).train[0].messages
-    assert named != check_rows(DataSection(path=str(alpaca), format="prompt-completion"), seed=0).train[0].messages
-    (tmp_path / "own.txt").write_text("{{ messages }}")
-    assert read_template("builtin:plain") != read_template(str(tmp_path / "own.txt")) == "{{ messages }}"
+CHANGES = {
+    "copies": 2, "case": 1.0, "typos": 0.2, "punctuation": 1.0, "prompts": ("Hey! {prompt}",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_augment_settings_change_the_copies(tokenizer, rows, key):
+    plain = {"copies": 1, "punctuation": 0.5, "prompts": ("{prompt} Now.", "Well, {prompt}")}
+    changed = _digest(tokenizer, rows, augment=AugmentSection(**{**plain, key: CHANGES[key]}))
+    assert changed != _digest(tokenizer, rows, augment=AugmentSection(**plain))
+
+
+def test_balance_labels_repeats_rare_labels(tmp_path, tokenizer):
+    rows = write_jsonl(tmp_path / "l.jsonl", [{"text": f"t{n}", "label": "b" if n == 0 else "a"} for n in range(5)])
+    section = DataSection(path=str(rows))
+    balanced = prepare_dataset(section, tokenizer, seed=0, augment=AugmentSection(balance_labels=1.0))
+    assert balanced.train.counts.rows == 8 != prepare_dataset(section, tokenizer, seed=0).train.counts.rows

@@ -1,9 +1,11 @@
 """Reading rows: every problem with its file and line."""
 
+import csv
 import json
 
 import pytest
 
+from lora_tune.data.dataset import prepare_dataset
 from lora_tune.data.lint import check_rows
 from lora_tune.data.rows import read_rows
 from lora_tune.errors import DataError, MissingInputError
@@ -68,7 +70,7 @@ BAD_ROWS = [
     ('{"\\udfff": 1}', "surrogate pair"),
     ('{"messages": [], "messages": []}', "key 'messages' is written twice"),
     ('{"messages": [{"role": "user", "role": "assistant", "content": "x"}]}', "key 'role' is written twice"),
-    ('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "tools": [{}]}', "column 'tools' is filled"),
+    ('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "tools": [{}]}', "tools[1] lacks name"),
     ('{"x": ' + "[" * 900 + "]" * 900 + "}", "nested too deep"),
 ]  # fmt: skip
 
@@ -94,16 +96,21 @@ def test_only_the_first_twenty_bad_rows_are_listed(tmp_path):
     assert "and 10 more" in caught.value.message
 
 
-def test_formats_are_detected_and_agree(tmp_path):
+def _read(section, tokenizer):
+    return list(prepare_dataset(section, tokenizer, seed=0).train.rows.conversations())
+
+
+def test_formats_are_detected_and_agree(tmp_path, tokenizer):
     chat = [{"messages": [{"role": "user", "content": "a\nb"}, {"role": "assistant", "content": "c"}]}]
     prompts = [{"prompt": "a\nb", "completion": "c"}]
     conversational = [{"prompt": chat[0]["messages"][:1], "completion": chat[0]["messages"][1:]}]
     alpaca = [{"instruction": "a", "input": "b", "output": "c"}]
     found = {}
     for name, rows in {"chat": chat, "prompts": prompts, "conversational": conversational, "alpaca": alpaca}.items():
-        checked = check_rows(DataSection(path=str(write_jsonl(tmp_path / f"{name}.jsonl", rows))), seed=0)
+        section = DataSection(path=str(write_jsonl(tmp_path / f"{name}.jsonl", rows)))
+        checked = check_rows(section, seed=0)
         assert checked.detected
-        found[name] = (checked.row_format, checked.train[0].messages)
+        found[name] = (checked.row_format, _read(section, tokenizer)[0].messages)
     assert [row_format for row_format, _ in found.values()] == [
         "chat",
         "prompt-completion",
@@ -114,20 +121,29 @@ def test_formats_are_detected_and_agree(tmp_path):
 
 
 def test_unknown_columns_list_what_is_known(tmp_path):
-    with pytest.raises(DataError, match=r"columns text are of no known format"):
-        check_rows(DataSection(path=str(write_jsonl(tmp_path / "rows.jsonl", [{"text": "x"}]))), seed=0)
+    for columns, hint in (
+        ("question answer", "data.columns: {prompt: question, completion: answer}"),
+        ("a b", "data.columns"),
+    ):
+        rows = write_jsonl(tmp_path / "rows.jsonl", [dict.fromkeys(columns.split(), "x")])
+        with pytest.raises(DataError, match=f"columns {', '.join(columns.split())} are of no known format") as caught:
+            check_rows(DataSection(path=str(rows)), seed=0)
+        assert hint in caught.value.hint
 
 
-def test_the_split_is_seeded_disjoint_and_complete(tmp_path):
+def test_the_split_is_seeded_disjoint_and_complete(tmp_path, tokenizer):
     path = str(write_jsonl(tmp_path / "rows.jsonl", home_rows(40)))
     section = DataSection(path=path, eval_split=0.25)
-    first, again, other = (check_rows(section, seed=seed) for seed in (0, 0, 1))
-    assert first == again
-    assert first.held_out != other.held_out
-    assert len(first.held_out) == 10
-    assert {row.where for row in first.train} | {row.where for row in first.held_out} == {
-        f"{path}:{n}" for n in range(1, 41)
-    }
+    first, again, other = (prepare_dataset(section, tokenizer, seed=seed) for seed in (0, 0, 1))
+    sets = [
+        ({row.where for row in splits.train.rows}, {row.where for row in splits.held_out.rows})
+        for splits in (first, again, other)
+    ]
+    assert sets[0] == sets[1] != sets[2]
+    for train, held_out in sets:
+        assert len(held_out) == 10
+        assert train | held_out == {f"{path}:{n}" for n in range(1, 41)}
+        assert not train & held_out
 
 
 def test_copies_and_leaks_are_warned_of(tmp_path):
@@ -154,40 +170,38 @@ def test_an_alpaca_cell_that_is_no_text_is_refused(tmp_path, column, value):
     assert f"rows.jsonl:1: {column} is a" in _refusal(tmp_path, "rows.jsonl", row)
 
 
-def test_an_alpaca_cell_may_be_null(tmp_path):
+def test_an_alpaca_cell_may_be_null(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "a", "input": None, "output": "b", "system": None}])
-    assert [m.content for m in check_rows(DataSection(path=str(path)), seed=0).train[0].messages] == ["a", "b"]
+    assert [m.content for m in _read(DataSection(path=str(path)), tokenizer)[0].messages] == ["a", "b"]
 
 
-@pytest.mark.parametrize("column", ["tools", "functions", "history", "images"])
+@pytest.mark.parametrize("column", ["tools", "functions", "images"])
 def test_a_filled_column_that_changes_the_meaning_is_refused(tmp_path, column):
     row = {"instruction": "a", "output": "b", column: [["x", "y"]]}
     assert f"rows.jsonl:1: column '{column}' is filled" in _refusal(tmp_path, "rows.jsonl", json.dumps(row))
 
 
 def test_unused_columns_are_counted_with_a_suggestion(tmp_path):
-    rows = [{"instruction": f"a{n}", "output": "b", "sytem": "s", "history": []} for n in range(3)]
+    rows = [{"instruction": f"a{n}", "output": "b", "sytem": "s", "source": "web"} for n in range(3)]
     path = write_jsonl(tmp_path / "rows.jsonl", [*rows, {"instruction": "a", "output": "b", "id": 1}])
     assert list(check_rows(DataSection(path=str(path)), seed=0).warnings) == [
         "column 'sytem' is not used, in 3 of 4 rows; did you mean 'system'?",
-        "column 'history' is not used, in 3 of 4 rows",
+        "column 'source' is not used, in 3 of 4 rows",
         "column 'id' is not used, in 1 of 4 rows",
     ]
 
 
-def test_defects_in_a_json_list_name_their_row(tmp_path):
-    good = json.dumps(home_rows(1)[0])
-    message = _refusal(
-        tmp_path, "rows.json", f'[{good}, {{"a": 1, "a": 2}}, {{"a": {"9" * 5000}}}, {{"a": "\\ud800"}}]'
-    )
-    assert "row 2: key 'a' is written twice" in message
-    assert "row 3: a number of 5000 digits" in message
-    assert "row 4: half of a surrogate pair" in message
+def test_defects_in_a_json_list_name_the_line_where_their_row_begins(tmp_path):
+    good = json.dumps(home_rows(1)[0], indent=1)
+    defects = f'{{"a": 1,\n "a": 2}},\n{{"a": {"9" * 5000}}}, {{\n"a": "\\ud800"}}'
+    message = _refusal(tmp_path, "rows.json", f"[{good},\n\n{defects}]")
+    line = good.count("\n") + 3
+    assert f"rows.json:{line}: key 'a' is written twice" in message
+    assert f"rows.json:{line + 2}: a number of 5000 digits" in message
+    assert f"rows.json:{line + 2}: half of a surrogate pair" in message
 
 
 def test_csv_lines_are_right_after_blank_lines_and_cells_may_be_long(tmp_path):
-    import csv
-
     usual = csv.field_size_limit()
     path = tmp_path / "rows.csv"
     path.write_text(f'\nprompt,completion\n\n\na,b\n"c\n\n",d\n\n{"x" * 300_000},e\nbad\n', encoding="utf-8")
@@ -221,4 +235,4 @@ def test_an_empty_file_says_so(tmp_path):
 def test_real_alpaca_rows_are_read(shared_data):
     checked = check_rows(DataSection(path=str(shared_data / "alpaca_en_demo.json"), eval_split=0.1), seed=0)
     assert checked.row_format == "alpaca"
-    assert len(checked.train) + len(checked.held_out) == 999
+    assert (checked.n_train, checked.n_held_out) == (899, 100)

@@ -1,23 +1,21 @@
 """The loss mask: exactly the assistant's words and their end-of-turn, whatever the template."""
 
+from dataclasses import replace
+
 import pytest
 
-from lora_tune.data.dataset import tokenize_set
-from lora_tune.data.messages import Conversation, Message
+from lora_tune.data.messages import Conversation, Message, PlainText
+from lora_tune.data.rendering import LossMaskError, special_tokens
 from lora_tune.data.tokens import (
     IGNORE_INDEX,
-    LossMaskError,
     answer_ids,
     end_of_turn_ids,
     loss_labels,
     prompt_ids,
-    special_tokens,
     tokenize,
     trained_text,
 )
-from lora_tune.errors import DataError
-from lora_tune.recipe.schema import DataSection
-from tests.tiny import CHATML, TEMPLATES, home_rows, tiny_tokenizer
+from tests.tiny import CHATML, TEMPLATES, tiny_tokenizer
 
 END = "<|im_end|>"
 
@@ -101,36 +99,37 @@ def test_special_tokens_are_known(tokenizer):
     assert {END, "<|im_start|>", "<|endoftext|>"} <= set(special_tokens(tokenizer))
 
 
-def _set(limit: int, too_long: str = "drop"):
-    rows = [
-        Conversation(tuple(Message(**m) for m in row["messages"]), 2, f"row:{n}") for n, row in enumerate(home_rows(20))
-    ]
-    section = DataSection(path="x.jsonl", max_seq_tokens=limit, too_long=too_long)
-    return rows, tokenize_set(rows, tiny_tokenizer(), section)
+def test_a_plain_text_is_trained_whole_with_one_beginning_and_one_end():
+    tokenizer = tiny_tokenizer()
+    for text in ("open the door", "open the door<|im_end|>"):
+        row = tokenize(PlainText(text, "row:1"), tokenizer, train_on="assistant")
+        assert all(row.trained)
+        assert tokenizer.decode(row.input_ids) == "open the door<|im_end|>"
 
 
-@pytest.mark.parametrize("too_long", ["drop", "cut_right"])
-@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9])
-def test_nothing_is_cut_or_dropped_uncounted(share, too_long):
-    _, whole = _set(1024)
-    limit = sorted(len(row.input_ids) for row in whole.rows)[int(share * 20)]
-    rows, kept = _set(limit, too_long)
-    counts = kept.counts
-    assert counts.rows_read == len(rows) == counts.rows + counts.rows_dropped
-    assert counts.trained_tokens + counts.trained_tokens_lost == whole.counts.trained_tokens
-    assert counts.tokens == sum(len(row.input_ids) for row in kept.rows)
-    assert max(len(row.input_ids) for row in kept.rows) <= limit
-    assert all(row.n_trained > 0 for row in kept.rows)
-    assert counts.rows_cut == sum(
-        len(row.input_ids) == limit < len(full.input_ids)
-        for row in kept.rows
-        for full in whole.rows
-        if row.where == full.where
-    )
+def test_what_a_message_says_of_itself_goes_before_train_on():
+    turns = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d"))
+    off = (turns[0], replace(turns[1], train=False), *turns[2:])
+    on = (turns[0], replace(turns[1], train=True), *turns[2:])
+
+    def trained(messages, train_on):
+        row = tokenize(Conversation(messages, 3, "row:1"), tiny_tokenizer(), train_on=train_on)
+        return trained_text(row, tiny_tokenizer())
+
+    assert trained(turns, "assistant") == f"b{END}d{END}"
+    assert trained(off, "assistant") == trained(turns, "last_assistant") == trained(turns, "completion") == f"d{END}"
+    assert trained(on, "completion") == f"b{END}d{END}"
 
 
-def test_a_limit_that_leaves_nothing_and_the_policy_fail_stop_the_run():
-    with pytest.raises(DataError, match="no row is left"):
-        _set(8)
-    with pytest.raises(DataError, match="too_long is fail"):
-        _set(60, "fail")
+def test_a_row_without_a_trained_message_is_refused():
+    silent = Conversation((Message("user", "a"), Message("assistant", "b", train=False)), 1, "row:1")
+    with pytest.raises(LossMaskError, match="no token is trained"):
+        tokenize(silent, tiny_tokenizer(), train_on="assistant")
+
+
+def test_limits_that_a_tokenizer_file_brings_do_not_cut_rows():
+    limited = tiny_tokenizer()
+    limited.backend_tokenizer.enable_truncation(5)
+    limited.backend_tokenizer.enable_padding(length=200)
+    row = _row("turn on the lights", "turn off the radio")
+    assert tokenize(row, limited, train_on="assistant") == tokenize(row, tiny_tokenizer(), train_on="assistant")
