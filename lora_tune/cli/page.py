@@ -165,7 +165,7 @@ def _facts(found: Mapping[str, Any], limit: int | None) -> list[tuple[str, str, 
             f"tokens{limited}",
             False,
         ),
-        ("Steps", f"{found['steps']:,}", "", False),
+        ("Steps", "–" if found["steps"] is None else f"{found['steps']:,}", "", False),
         ("Format", visible(data["format"]), "detected" if data["detected"] else "given in the recipe", True),
         ("Base", visible(base["name"]), "on this machine" if base["on_this_machine"] else "will be fetched", True),
     ]

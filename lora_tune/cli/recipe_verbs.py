@@ -40,7 +40,10 @@ def check(path: Path, overrides: Sequence[str], *, tokens: bool, html: Path | No
         ready = _prepared(recipe)
         found["tokens"] = ready.splits.counts()
         found["ledger"] = ready.splits.ledger()
-        found["steps"] = _steps(recipe, _sequences(recipe, ready.splits))
+        plan = _plan(recipe, ready.splits)
+        padding = plan.padding_share(recipe.train.micro_batch_sequences)
+        found["batching"] = {"chosen": plan.batching, "padding_share": round(padding, 4)}
+        found["steps"] = _steps(recipe, len(_plan(recipe, ready.splits).widths))
         found["warnings"] += token_warnings(ready.splits, ready.tokenizer)
     found["warnings"] += _step_warnings(recipe, found["steps"])
     if html:
@@ -132,7 +135,7 @@ def train(
     from lora_tune.training.run import train as run_training
 
     ready = _prepared(recipe, notify)
-    for warning in _step_warnings(recipe, _steps(recipe, _sequences(recipe, ready.splits))):
+    for warning in _step_warnings(recipe, _steps(recipe, len(_plan(recipe, ready.splits).widths))):
         notify({"event": "warning", "message": warning})
     run = create_run_dir(recipe.output.name, path=run_dir)
     return run_training(loaded, ready, run, notify, evaluate=measure, registry_root=root).as_dict()
@@ -144,7 +147,7 @@ def _dry_run(recipe: Recipe, notify: Callable[[Any], None]) -> dict[str, Any]:
         "dry_run": True,
         "recipe": dump_recipe(recipe),
         "data": ready.splits.counts(),
-        "steps": _steps(recipe, _sequences(recipe, ready.splits)),
+        "steps": _steps(recipe, len(_plan(recipe, ready.splits).widths)),
     }
 
 
@@ -161,13 +164,11 @@ def _step_warnings(recipe: Recipe, steps: int | None) -> list[str]:
     return [f"eval.every_steps is {every}, but there are {steps} steps: nothing is measured while training{stopping}"]
 
 
-def _sequences(recipe: Recipe, splits: Any) -> int:
-    """Return what an epoch has of what stands side by side in a forward pass: rows, or packs of them."""
-    if recipe.train.batching != "packed":
-        return len(splits.train.rows)
-    from lora_tune.data.order import pack
+def _plan(recipe: Recipe, splits: Any) -> Any:
+    """Return how the rows will share a forward pass: as the trainer plans it."""
+    from lora_tune.data.order import plan_batches
 
-    return len(pack(splits.train.n_tokens_by_row, recipe.data.max_seq_tokens, seed=recipe.train.seed))
+    return plan_batches(splits.train.n_tokens_by_row, recipe.train, limit=recipe.data.max_seq_tokens)
 
 
 def _steps(recipe: Recipe, rows: int) -> int:

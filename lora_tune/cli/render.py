@@ -79,7 +79,9 @@ def checked(found: Mapping[str, Any], *, as_json: bool) -> None:
     print(f"  data    {rows}; {ledger.format_in_words(data)}")
     if data["labels"]:
         print(f"  labels  {ledger.labels_in_words(data['labels'])}")
-    print(f"  steps   {found['steps']:,}")
+    print(f"  steps   {'known with --tokens' if found['steps'] is None else format(found['steps'], ',')}")
+    if "batching" in found:
+        print(f"  batches {found['batching']['chosen']}, {found['batching']['padding_share']:.1%} padding")
     if "page" in found:
         print(f"  page    {visible(found['page'])}")
     if "ledger" in found:
@@ -305,7 +307,7 @@ def _print_report(report: Mapping[str, Any]) -> None:
     kept = f", weights of step {training['best_step']} kept" if training["best_step"] is not None else ""
     print(
         f"trained {training['steps']} steps in {_duration(training['seconds'])}: loss {training['first_loss']:.3f} → "
-        f"{training['last_loss']:.3f}, {training['tokens_per_second']:.0f} tokens/s, {training['peak_memory_gib']:.2f} GiB{kept}"
+        f"{training['last_loss']:.3f}, {training['tokens_per_second']:.0f} tokens/s, {training['padding_share']:.1%} padding ({training['batching']} batches), {training['peak_memory_gib']:.2f} GiB{kept}"
     )
     if report["evaluation"]:
         _print_evaluation(report["evaluation"])

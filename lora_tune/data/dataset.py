@@ -5,7 +5,7 @@ Nothing is cut, dropped or repeated without standing in the counts.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -128,9 +128,21 @@ class Splits:
 
 
 def prepare_dataset(
-    section: DataSection, tokenizer: Any, *, seed: int, augment: AugmentSection | None = None
+    section: DataSection,
+    tokenizer: Any,
+    *,
+    seed: int,
+    augment: AugmentSection | None = None,
+    on_rows: Callable[[int], None] = lambda rows: None,
 ) -> Splits:
     """Read, check, split, mix, tokenize and count.
+
+    Args:
+        section: the rows.
+        tokenizer: a fast tokenizer with a chat template.
+        seed: of the split, the mixture and the copies.
+        augment: changes to the training rows.
+        on_rows: told now and then how many rows of a source are tokenized.
 
     Raises:
         MissingInputError: a file is not there.
@@ -138,7 +150,7 @@ def prepare_dataset(
     """
     sources = find_sources(section)
     named = (*sources.train, *sources.held_out)
-    stored = [tokenized_source(source, tokenizer, train_on=section.train_on) for source in named]
+    stored = [tokenized_source(source, tokenizer, train_on=section.train_on, on_rows=on_rows) for source in named]
     checked = judge(
         section, sources.train, sources.held_out, [part.lint for part in stored], seed=seed, notes=sources.notes
     )
@@ -226,7 +238,7 @@ def _augmented(
         first_file = 0
         for part, own in zip(stored, rows, strict=True):
             for row in own.tolist():
-                yield part.row(row), part.lint.places[row] + (first_file << FILE_SHIFT)
+                yield part.row(row), int(part.lint.places[row]) + (first_file << FILE_SHIFT)
             first_file += len(part.source.files)
 
     return tokenized_rows(
@@ -240,7 +252,7 @@ def _augmented(
 
 def _held_to_length(stored: Sequence[StoredSet], rows: Sequence[Indices], section: DataSection) -> TokenizedSet:
     lengths = Lengths(
-        source=np.concatenate([np.full(len(own), number, np.int64) for number, own in enumerate(rows)]),
+        source=np.concatenate([np.full(len(own), number, np.int16) for number, own in enumerate(rows)]),
         row=np.concatenate(list(rows)),
         n_tokens=np.concatenate([part.n_tokens[own] for part, own in zip(stored, rows, strict=True)]),
         n_trained=np.concatenate([part.n_trained[own] for part, own in zip(stored, rows, strict=True)]),
@@ -271,6 +283,6 @@ def _digest(train: TokenizedSet, held_out: TokenizedSet | None) -> str:
             digest.update(json.dumps([stored.digest for stored in part.rows.stored]).encode())
             pieces = part.rows.pieces
             for values in (pieces.source, pieces.row, pieces.start, pieces.end):
-                digest.update(values.tobytes())
+                digest.update(values.astype(np.int64).tobytes())
         digest.update(b"--\n")
     return digest.hexdigest()

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from lora_tune.errors import DataError
 from lora_tune.recipe.schema import DataSection
 
-Numbers = NDArray[np.int64]
+Numbers = NDArray[np.integer[Any]]
 Runs = NDArray[np.int32]
 
 
@@ -117,10 +117,8 @@ def hold_to_length(lengths: Lengths, section: DataSection, *, where: Callable[[i
     entries = np.array([window.entry for window in windows], np.int64)
     order = np.argsort(np.concatenate([whole, entries]), kind="stable")
     entry = np.concatenate([whole, entries])[order]
-    start = np.concatenate([np.zeros(len(whole), np.int64), [window.start for window in windows]]).astype(np.int64)[
-        order
-    ]
-    end = np.concatenate([lengths.n_tokens[whole], [window.end for window in windows]]).astype(np.int64)[order]
+    start = np.concatenate([np.zeros(len(whole)), [window.start for window in windows]]).astype(np.int32)[order]
+    end = np.concatenate([lengths.n_tokens[whole], [window.end for window in windows]]).astype(np.int32)[order]
     pieces = Pieces(lengths.source[entry], lengths.row[entry], start, end)
     counts = _count(lengths, whole, windows, pieces, section)
     _hold_to_budget(lengths, counts, section)
@@ -172,7 +170,7 @@ def _count(
             f"no row is left: all {len(lengths.row)} are longer than data.max_seq_tokens = {section.max_seq_tokens}, or refused",
             hint="raise data.max_seq_tokens",
         )
-    trained = int(lengths.n_trained[whole].sum()) + sum(window.trained for window in windows)
+    trained = int(lengths.n_trained[whole].sum(dtype=np.int64)) + sum(window.trained for window in windows)
     used = {window.entry for window in windows}
     split = section.too_long == "split"
     return SetCounts(
@@ -182,11 +180,11 @@ def _count(
         rows_cut=0 if split else len(used),
         rows_split=len(used) if split else 0,
         rows_dropped=int((lengths.n_tokens > section.max_seq_tokens).sum()) - len(used),
-        tokens=int((pieces.end - pieces.start).sum()),
+        tokens=int((pieces.end - pieces.start).sum(dtype=np.int64)),
         trained_tokens=trained,
-        trained_tokens_lost=int(lengths.n_trained.sum()) - trained,
+        trained_tokens_lost=int(lengths.n_trained.sum(dtype=np.int64)) - trained,
         # A part without its answer's end shares the answer with the next part.
-        answers=int(lengths.n_answers[whole].sum())
+        answers=int(lengths.n_answers[whole].sum(dtype=np.int64))
         + sum(window.answers - (window.without_end if split else 0) for window in windows),
         answers_without_end=0 if split else sum(window.without_end for window in windows),
         longest_tokens=int(lengths.n_tokens.max()),
@@ -211,7 +209,7 @@ def _hold_to_budget(lengths: Lengths, counts: SetCounts, section: DataSection) -
 def _limit_within(lengths: Lengths, allowed: float) -> int:
     """Return the smallest limit at which the rows above it hold no more than `allowed` trained tokens."""
     order = np.argsort(lengths.n_tokens)[::-1]
-    lost = np.cumsum(lengths.n_trained[order])
+    lost = np.cumsum(lengths.n_trained[order], dtype=np.int64)
     return int(lengths.n_tokens[order[int(np.searchsorted(lost, allowed, side="right"))]])
 
 

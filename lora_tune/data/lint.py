@@ -132,7 +132,7 @@ class CheckedRows:
     """Rows that cannot be used, within data.max_bad_rows."""
 
     labels: Mapping[str, int]
-    """Training rows by label, of labelled texts."""
+    """Rows by label, of labelled texts; a held-out part that is split off is counted in."""
 
     warnings: tuple[str, ...]
     """Things that work and may still surprise: columns not used, duplicates, held-out rows that are also trained."""
@@ -211,7 +211,7 @@ def judge(
     trained = _picked(own, kept)
     measured = _picked(lints, [*split, *everything])
     places = [
-        where_packed(source, lint.places[row])
+        where_packed(source, int(lint.places[row]))
         for source, lint, rows in zip(sources, lints, [*split, *everything], strict=True)
         for row in rows[np.isin(_hashes(lint)[rows], trained)][:1]
     ]

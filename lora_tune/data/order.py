@@ -5,14 +5,68 @@ rows that were left.
 """
 
 from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_tune.recipe.schema import TrainSection
+
 Indices = NDArray[np.int64]
 
+WORTH_GROUPING = 0.1
+"""Rows are grouped where rows at random would be padded by this share of the tokens more."""
 GROUP_BATCHES = 50
 """Batches whose rows are sorted by length together: enough for little padding, few enough that batches differ between epochs."""
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How rows share a forward pass, epoch by epoch."""
+
+    batching: Literal["grouped", "random", "packed"]
+    """What the recipe says, or `auto` chose."""
+
+    widths: Indices
+    """Tokens of what stands side by side: of each row, or of each pack, [sequences]."""
+
+    packs: Sequence[Indices] | None
+    """The rows of each pack; None where rows stand alone."""
+
+    step_sequences: int
+    """Sequences of one step."""
+
+    seed: int
+
+    def order(self, epoch: int) -> Indices:
+        """Return every sequence once, in the order of that epoch, [sequences]."""
+        if self.batching == "random":
+            return random_order(len(self.widths), seed=self.seed, epoch=epoch)
+        return grouped_batches(self.widths, self.step_sequences, seed=self.seed, epoch=epoch)
+
+    def padding_share(self, batch: int) -> float:
+        """Return the share of padding in the first epoch when `batch` sequences stand side by side."""
+        return padding_share(self.widths, self.order(0), batch)
+
+
+def plan_batches(lengths: Indices, section: TrainSection, *, limit: int) -> BatchPlan:
+    """Return how these rows are batched.
+
+    Args:
+        lengths: tokens of each row, [rows].
+        section: batching, step size and seed.
+        limit: tokens of a full pack.
+    """
+    batching, seed = section.batching, section.seed
+    step_sequences = section.micro_batch_sequences * section.gradient_accumulation_steps
+    if batching == "packed":
+        packs = pack(lengths, limit, seed=seed)
+        widths = np.array([int(lengths[members].sum()) for members in packs], dtype=np.int64)
+        return BatchPlan(batching, widths, packs, step_sequences, seed)
+    chosen = choose_batching(lengths, step_sequences, seed=seed) if batching == "auto" else batching
+    return BatchPlan(chosen, lengths, None, step_sequences, seed)
 
 
 def random_order(n_rows: int, *, seed: int, epoch: int, draw: int = 0) -> Indices:
@@ -74,6 +128,21 @@ def pack(lengths: Indices, limit: int, *, seed: int) -> list[Indices]:
     in_packs = np.argsort(pack_of_row, kind="stable")
     ends = np.cumsum(np.bincount(pack_of_row, minlength=n_packs))
     return np.split(in_packs, ends[:-1])
+
+
+def choose_batching(lengths: Indices, batch: int, *, seed: int) -> Literal["random", "grouped"]:
+    """Return what `train.batching: auto` means for these rows: grouped where that saves real work, else random.
+
+    Rows of one length are often rows of one kind, and batches of one kind teach worse (docs/experiments.md).
+
+    Args:
+        lengths: tokens of each row, [rows].
+        batch: rows of a step, so that the choice is the same however the step is cut into micro-batches.
+        seed: of the run.
+    """
+    at_random = padding_share(lengths, random_order(len(lengths), seed=seed, epoch=0), batch)
+    grouped = padding_share(lengths, grouped_batches(lengths, batch, seed=seed, epoch=0), batch)
+    return "grouped" if at_random - grouped >= WORTH_GROUPING else "random"
 
 
 def padding_share(lengths: Indices, order: Indices, batch: int) -> float:

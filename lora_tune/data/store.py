@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
 from shutil import rmtree
@@ -34,6 +35,8 @@ CHUNK_ROWS = 2048
 """Rows that are tokenized at once, and read at once."""
 UNUSED_DAYS = 30
 """Tokens that were not used for so long are removed when others are written."""
+KEPT = "kept from before"
+"""Why nothing was tokenized."""
 TEMPLATE = "template"
 """Stands among the roles for the tokens that the chat template adds around the words."""
 _SCHEMA = pa.schema([
@@ -76,13 +79,13 @@ class StoredSet:
     table: Any
     """Arrow table with the columns of the schema above."""
 
-    n_tokens: NDArray[np.int64]
+    n_tokens: NDArray[np.int32]
     """Tokens of each row, before the length limit; 0 for a refused row."""
 
-    n_trained: NDArray[np.int64]
+    n_trained: NDArray[np.int32]
     """Trained tokens of each row."""
 
-    n_answers: NDArray[np.int64]
+    n_answers: NDArray[np.int32]
     """Trained runs of each row."""
 
     def encoded(self, row: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -92,7 +95,7 @@ class StoredSet:
 
     def where(self, row: int) -> str:
         """Return `file:line` of a row."""
-        return where_packed(self.source, self.lint.places[row])
+        return where_packed(self.source, int(self.lint.places[row]))
 
     def row(self, row: int) -> Conversation | PlainText:
         """Return a row as messages or text."""
@@ -109,7 +112,9 @@ class StoredSet:
         return TokenizedRow(tuple(ids[start:end].tolist()), tuple(trained[start:end].tolist()), self.where(row))
 
 
-def tokenized_source(source: Source, tokenizer: Any, *, train_on: str) -> StoredSet:
+def tokenized_source(
+    source: Source, tokenizer: Any, *, train_on: str, on_rows: Callable[[int], None] = lambda rows: None
+) -> StoredSet:
     """Return the source's tokens: those kept from before where nothing has changed, freshly made ones otherwise.
 
     Raises:
@@ -121,7 +126,14 @@ def tokenized_source(source: Source, tokenizer: Any, *, train_on: str) -> Stored
         "columns": dict(source.columns),
         **tokenizer_parts(tokenizer, train_on),
     }
-    return tokenized_rows(source, parts, lambda lint: usable_rows(source, lint), tokenizer, train_on=train_on)
+
+    def rows(lint: SetLint) -> Iterator[UsableRow]:
+        for number, row in enumerate(usable_rows(source, lint)):
+            if number % CHUNK_ROWS == 0:
+                on_rows(number)
+            yield row
+
+    return tokenized_rows(source, parts, rows, tokenizer, train_on=train_on)
 
 
 def tokenized_rows(
@@ -138,13 +150,14 @@ def tokenized_rows(
     if (folder / "facts.json").is_file():
         with suppress(OSError):
             (folder / "facts.json").touch()
-        with suppress(OSError, ValueError, KeyError, pa.ArrowException):
-            return _open(source, folder, "kept from before")
+        try:
+            return _open(source, folder, KEPT)
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+            rmtree(folder, ignore_errors=True)  # damaged
     reason = _why_fresh(root, parts)
     try:
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
         _remove_unused(root)
-        rmtree(folder, ignore_errors=True)  # left here only when it could not be opened
         with staged_folder(folder) as stage:
             _write(rows, RowTokenizer(tokenizer, train_on=train_on), stage, parts)
     except (OSError, CannotCreateError, CannotWriteError):
@@ -160,6 +173,7 @@ def tokenizer_parts(tokenizer: Any, train_on: str) -> dict[str, Any]:
         "special tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "chat template": hashlib.sha256(fixed_template(tokenizer).encode()).hexdigest(),
         "train_on": train_on,
+        "libraries": {name: version(name) for name in ("tokenizers", "transformers", "jinja2")},
         "code of lora_tune": _code_digest(),
     }
 
@@ -308,9 +322,11 @@ def _lists(rows: Sequence[list[int]]) -> Any:
 def _open(source: Source, folder: Path, reason: str) -> StoredSet:
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     table = pa.ipc.open_file(pa.memory_map(str(folder / "rows.arrow"))).read_all()
-    hashes, places = (array("Q", table.column(name).to_numpy().tobytes()) for name in ("hash", "place"))
+    hashes, places = array("Q"), array("Q")
+    for column, values in (("hash", hashes), ("place", places)):
+        values.frombytes(table.column(column).to_numpy().tobytes())
     lint, tally = SetLint.from_facts(facts["lint"], hashes, places), facts["tally"]
-    refused = tuple(f"{where_packed(source, places[number])}: {reason}" for number, reason in tally["refused"])
+    refused = tuple(f"{where_packed(source, int(places[number]))}: {reason}" for number, reason in tally["refused"])
     return StoredSet(
         source=source,
         lint=lint,
@@ -324,17 +340,17 @@ def _open(source: Source, folder: Path, reason: str) -> StoredSet:
         reason=reason,
         digest=facts["digest"],
         table=table,
-        n_tokens=_per_row(table.column("ids"), lambda values: np.ones(len(values), np.int64), 1),
+        n_tokens=_per_row(table.column("ids"), lambda values: np.ones(len(values), np.int32), 1),
         n_trained=_per_row(table.column("runs"), lambda values: values[1::2] - values[0::2], 2),
-        n_answers=_per_row(table.column("runs"), lambda values: np.ones(len(values) // 2, np.int64), 2),
+        n_answers=_per_row(table.column("runs"), lambda values: np.ones(len(values) // 2, np.int32), 2),
     )
 
 
-def _per_row(column: Any, measure: Callable[[NDArray[np.int32]], NDArray[np.int64]], width: int) -> NDArray[np.int64]:
+def _per_row(column: Any, measure: Callable[[NDArray[np.int32]], NDArray[np.int32]], width: int) -> NDArray[np.int32]:
     """Return the sum of `measure` over each row's list; one measured value stands for `width` entries."""
-    parts = [np.empty(0, np.int64)]
+    parts = [np.empty(0, np.int32)]
     for chunk in column.chunks:
         sums = np.concatenate([[0], np.cumsum(measure(chunk.values.to_numpy()), dtype=np.int64)])
         edges = sums[chunk.offsets.to_numpy() // width]
-        parts.append(np.diff(edges))
+        parts.append(np.diff(edges).astype(np.int32))
     return np.concatenate(parts)

@@ -6,7 +6,7 @@ rendering confirms.
 """
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -263,11 +263,8 @@ class RowTokenizer:
                 return None
             if last < len(ids) and encoding.token_to_chars(last)[0] != span.end:
                 return None
-            if lead is not None:
-                known = ids[first - len(lead) : first] == list(lead)
-            else:
-                known = ids[:first] == _encode(self.tokenizer, draft.text[: span.start])
-            if not known:
+            before = _encode(self.tokenizer, draft.text[: span.start]) if lead is None else list(lead)
+            if ids[first - len(before) : first] != before or (lead is None and len(before) != first):
                 return None
             runs.append((first, last))
         return runs
@@ -286,29 +283,30 @@ class RowTokenizer:
                 draft.found = refused
                 continue
             kept = [(0, len(encoding.ids))] if self.train_on == "all" else runs
-            draft.found = EncodedRow(encoding.ids, tuple(kept), _roles(draft, encoding, kept))
+            whole = [(0, len(draft.text), 0, encoding)]
+            draft.found = EncodedRow(encoding.ids, tuple(kept), _roles(draft, whole, kept))
 
     def _encode_alone(self, draft: _Draft) -> EncodedRow | LossMaskError:
-        """Tokenize prompt and answers apart, as they are in use: an answer may begin with a line break, say."""
+        """Tokenize prompt and answers apart, as in use: an answer may begin with a line break, say."""
         if isinstance(draft.row, PlainText):
             return self._encode_text(draft.row)
         ids: list[int] = []
         runs: list[Run] = []
+        pieces: list[tuple[int, int, int, Any]] = []
         position = 0
-        for span in draft.spans:
-            ids += _encode(self.tokenizer, draft.text[position : span.start])
-            answer = _encode(self.tokenizer, draft.text[span.start : span.end])
-            decoded = self._backend.decode(answer, skip_special_tokens=False)
-            wrong = _misread(decoded, draft.text[span.start : span.end])
-            if wrong is not None:
-                return wrong
-            runs.append((len(ids), len(ids) + len(answer)))
-            ids += answer
-            position = span.end
-        ids += _encode(self.tokenizer, draft.text[position:])
+        for start, end, trained in _pieces(draft):
+            encoding = self._backend.encode(draft.text[start:end], add_special_tokens=False)
+            if trained:
+                decoded = self._backend.decode(encoding.ids, skip_special_tokens=False)
+                wrong = _misread(decoded, draft.text[start:end])
+                if wrong is not None:
+                    return wrong
+                runs.append((position, position + len(encoding.ids)))
+            pieces.append((start, end, position, encoding))
+            position += len(encoding.ids)
+            ids += encoding.ids
         kept = [(0, len(ids))] if self.train_on == "all" else runs
-        trained = sum(end - start for start, end in kept)
-        return EncodedRow(ids, tuple(kept), (("assistant", trained, trained),))
+        return EncodedRow(ids, tuple(kept), _roles(draft, pieces, kept))
 
     def _encode_text(self, row: PlainText) -> EncodedRow | LossMaskError:
         """A text as it stands: at most one beginning-of-text, then exactly one end-of-text, which is trained."""
@@ -342,17 +340,35 @@ def _render_each(
     return texts
 
 
-def _roles(draft: _Draft, encoding: Any, runs: Sequence[Run]) -> tuple[tuple[str, int, int], ...]:
+def _pieces(draft: _Draft) -> Iterator[tuple[int, int, bool]]:
+    """Yield start, end and whether it is trained, of the text between and inside the spans."""
+    position = 0
+    for span in draft.spans:
+        yield position, span.start, False
+        yield span.start, span.end, True
+        position = span.end
+    yield position, len(draft.text), False
+
+
+def _roles(
+    draft: _Draft, pieces: Sequence[tuple[int, int, int, Any]], runs: Sequence[Run]
+) -> tuple[tuple[str, int, int], ...]:
+    """Return role, tokens and trained tokens of each message's words.
+
+    A piece is what was tokenized at once: start and end in the text, first token, encoding.
+    """
     assert isinstance(draft.row, Conversation)
     counted = []
     for index, start, end in draft.words:
-        if end <= start:
+        found = next((piece for piece in pieces if piece[0] <= start and end <= piece[1]), None)
+        if found is None or end <= start:
             continue
-        first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
+        offset, encoding = found[0], found[3]
+        first, last = encoding.char_to_token(start - offset), encoding.char_to_token(end - 1 - offset)
         if first is None or last is None:
             continue
-        tokens = last + 1 - first
-        trained = tokens if any(a <= first and last < b for a, b in runs) else 0
+        tokens, at = last + 1 - first, first + found[2]
+        trained = tokens if any(a <= at and at + tokens <= b for a, b in runs) else 0
         counted.append((draft.row.messages[index].role, tokens, trained))
     return tuple(counted)
 

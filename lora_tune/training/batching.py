@@ -6,13 +6,11 @@ The orders themselves are data/order.py's. That packed rows cannot see each othe
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
-from lora_tune.data.order import Indices, grouped_batches, pack, random_order
+from lora_tune.data.order import Indices, plan_batches
 from lora_tune.data.tokens import IGNORE_INDEX
 from lora_tune.errors import TrainingError
 from lora_tune.recipe.schema import TrainSection
@@ -76,6 +74,8 @@ class Feed:
     dataset: Any
     order: EpochOrder
     collate: Callable[[Any], Any]
+    batching: str
+    """`grouped`, `random` or `packed`: what `auto` chose."""
 
 
 def train_feed(
@@ -94,18 +94,11 @@ def train_feed(
         collate_rows: examples → micro-batch.
         collate_packs: packs of examples → micro-batch.
     """
-    seed = section.seed
-    step_sequences = section.micro_batch_sequences * section.gradient_accumulation_steps
-    if section.batching == "random":
-        order = partial(_random, len(lengths), seed)
-        return Feed(rows, EpochOrder(order, len(lengths)), collate_rows)
-    if section.batching == "grouped":
-        order = partial(_grouped, lengths, step_sequences, seed)
-        return Feed(rows, EpochOrder(order, len(lengths)), collate_rows)
-    packs = pack(lengths, max_seq_tokens, seed=seed)
-    widths = np.array([int(lengths[members].sum()) for members in packs], dtype=np.int64)
-    order = partial(_grouped, widths, step_sequences, seed)
-    return Feed(PackedRows(rows, packs), EpochOrder(order, len(packs)), collate_packs)
+    plan = plan_batches(lengths, section, limit=max_seq_tokens)
+    order = EpochOrder(plan.order, len(plan.widths))
+    if plan.packs is None:
+        return Feed(rows, order, collate_rows, plan.batching)
+    return Feed(PackedRows(rows, plan.packs), order, collate_packs, plan.batching)
 
 
 def join_packs(packs: Sequence[Sequence[Example]], *, pad_id: int, one_line: bool) -> dict[str, Any]:
@@ -208,11 +201,3 @@ def _refused(model: Any, found: str) -> TrainingError:
         hint="set train.batching: grouped",
         where="train.batching",
     )
-
-
-def _random(n_rows: int, seed: int, epoch: int) -> Indices:
-    return random_order(n_rows, seed=seed, epoch=epoch)
-
-
-def _grouped(lengths: Indices, batch: int, seed: int, epoch: int) -> Indices:
-    return grouped_batches(lengths, batch, seed=seed, epoch=epoch)

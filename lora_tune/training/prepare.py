@@ -51,8 +51,12 @@ def prepare(
     check_targets(targets, read_shapes(files.folder))
     template = data.chat_template
     tokenizer = load_tokenizer(files, template_text=None if template is None else read_template(template))
-    notify({"event": "progress", "label": "reading and tokenizing rows", "share": 0.0})
-    splits = prepare_dataset(data, tokenizer, seed=seed, augment=augment)
+    label = "reading and tokenizing rows"
+    notify({"event": "progress", "label": label, "share": 0.0})
+    splits = prepare_dataset(
+        data, tokenizer, seed=seed, augment=augment,
+        on_rows=lambda rows: notify({"event": "progress", "label": f"{label}, {rows:,} so far" if rows else label, "share": 0.0}),
+    )  # fmt: skip
     if held_out_for and splits.held_out is None:
         raise RecipeError(
             f"{held_out_for} needs held-out rows, and there are none",

@@ -58,6 +58,8 @@ class Outcome:
     tokens: int
     """Tokens that went through the model, without padding."""
     trained_tokens: int
+    batching: str
+    """How rows shared a micro-batch: `grouped`, `random` or `packed`."""
     padding_share: float
     """Padding among all tokens that were computed."""
     seconds: float
@@ -275,6 +277,7 @@ def fit(  # noqa: PLR0913
         last_loss=math.fsum(tail) / len(tail),
         tokens=trainer.n_tokens,
         trained_tokens=trainer.n_trained,
+        batching=trainer.feed.batching,
         padding_share=1 - trainer.n_tokens / trainer.n_padded,
         seconds=log.seconds,
         tokens_per_second=trainer.n_tokens / log.seconds,

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_tune.data.order import grouped_batches, pack, padding_share, random_order
+from lora_tune.data.order import choose_batching, grouped_batches, pack, padding_share, plan_batches, random_order
+from lora_tune.recipe.schema import TrainSection
 
 LENGTHS = st.lists(st.integers(1, 64), max_size=300).map(lambda lengths: np.array(lengths, dtype=np.int64))
 SEEDS = st.integers(0, 2**32 - 1)
@@ -129,3 +130,25 @@ def test_a_million_rows_are_packed_in_seconds_and_nearly_full():
     packs = pack(lengths, 1024, seed=0)
     assert time.monotonic() - start < 10
     assert lengths.sum() / (len(packs) * 1024) > 0.99
+
+
+def test_auto_groups_rows_only_where_that_saves_work():
+    alike, mixed = np.full(400, 60), np.arange(400) + 1
+    assert choose_batching(alike, 4, seed=0) == "random"
+    assert choose_batching(mixed, 4, seed=0) == "grouped"
+    for lengths in (alike, mixed):
+        plan = plan_batches(lengths, TrainSection(micro_batch_sequences=4), limit=512)
+        cut = plan_batches(lengths, TrainSection(micro_batch_sequences=1, gradient_accumulation_steps=4), limit=512)
+        assert plan.batching == cut.batching
+        assert plan.order(1).tolist() == cut.order(1).tolist()
+
+
+@pytest.mark.parametrize("batching", ["random", "grouped", "packed"])
+def test_a_plan_holds_every_row_once(batching):
+    lengths = np.arange(90) % 30 + 1
+    plan = plan_batches(lengths, TrainSection(batching=batching), limit=64)
+    rows = np.concatenate(plan.packs) if plan.packs is not None else np.arange(90)
+    assert sorted(rows.tolist()) == list(range(90))
+    assert int(plan.widths.sum()) == int(lengths.sum())
+    assert sorted(plan.order(3).tolist()) == list(range(len(plan.widths)))
+    assert plan.padding_share(4) == padding_share(plan.widths, plan.order(0), 4)
