@@ -42,7 +42,7 @@ def write_rows(path: Path, count: int) -> None:
 
 def lint(path: Path, _base: Path) -> dict[str, float]:
     """Check the rows without tokens."""
-    from lora_tune.data.lint import check_rows
+    from lora_tune.data.verdict import check_rows
     from lora_tune.recipe.schema import DataSection
 
     start = time.perf_counter()

@@ -6,7 +6,7 @@ from typing import Any
 
 from lora_tune.adapter import registry as shelf
 from lora_tune.cli import page
-from lora_tune.data.lint import check_rows
+from lora_tune.data.verdict import CheckedRows, check_rows
 from lora_tune.model.resolve import locate
 from lora_tune.recipe.loader import dump_recipe, load_recipe
 from lora_tune.recipe.schema import Recipe
@@ -31,7 +31,7 @@ def check(path: Path, overrides: Sequence[str], *, tokens: bool, html: Path | No
         "recipe": str(path),
         "base": {"name": recipe.base.name, "kind": base.kind, "on_this_machine": base.present},
         "data": rows.as_dict(),
-        "steps": None if recipe.train.batching == "packed" else _steps(recipe, rows.n_train),
+        "steps": _quick_steps(recipe, rows),
         "warnings": list(rows.warnings),
     }
     if tokens or html:
@@ -129,7 +129,7 @@ def train(
     if dry_run:
         return _dry_run(recipe, notify)
     root = registry if registry is not None else shelf.registry_root()
-    shelf.ensure_writable(root)
+    shelf.ensure_writable(root, name=recipe.output.name)
     from lora_tune.evaluation.evaluate import evaluate as measure
     from lora_tune.run_dir import create_run_dir
     from lora_tune.training.run import train as run_training
@@ -169,6 +169,15 @@ def _plan(recipe: Recipe, splits: Any) -> Any:
     from lora_tune.data.order import plan_batches
 
     return plan_batches(splits.train.n_tokens_by_row, recipe.train, limit=recipe.data.max_seq_tokens)
+
+
+def _quick_steps(recipe: Recipe, rows: CheckedRows) -> int | None:
+    """Return the steps, or None where only the tokenized rows tell: packed batches, copies, repeated labels."""
+    augment = recipe.augment
+    grows = augment.copies > 0 or augment.balance_labels > 0
+    if recipe.train.max_steps is None and (recipe.train.batching == "packed" or grows):
+        return None
+    return _steps(recipe, rows.rows_an_epoch)
 
 
 def _steps(recipe: Recipe, rows: int) -> int:

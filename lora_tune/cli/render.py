@@ -29,8 +29,8 @@ def json_object(value: Any) -> None:
 
 
 def note(message: str) -> None:
-    """Say something on stderr."""
-    print(message, file=sys.stderr)
+    """Say something on stderr; it keeps its lines, and nothing else in it acts on the terminal."""
+    print(_harmless(message), file=sys.stderr)
 
 
 def error(err: LoraTuneError, *, as_json: bool) -> int:
@@ -116,8 +116,10 @@ def evaluation(found: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
         json_object(found)
         return
-    print(f"{found['data']}: {ledger.counts_in_words(found['counts'])}")
+    print(f"{visible(found['data'])}: {ledger.counts_in_words(found['counts'])}")
     _print_evaluation(found)
+    for warning in found["warnings"]:
+        note(f"warning: {warning}")
 
 
 def recipes(rows: Sequence[Mapping[str, str]], *, as_json: bool) -> None:
@@ -128,29 +130,6 @@ def recipes(rows: Sequence[Mapping[str, str]], *, as_json: bool) -> None:
     width = max(len(row["name"]) for row in rows)
     for row in rows:
         print(f"{row['name']:<{width}}  {row['for']}")
-
-
-def adapters(found: Mapping[str, Any], *, as_json: bool) -> None:
-    """Print the registry."""
-    if as_json:
-        json_object(found)
-        return
-    if not found["adapters"]:
-        print(f"no adapters in {found['registry']}/")
-        return
-    for row in found["adapters"]:
-        if "refused" in row:
-            print(f"{row['adapter']:<28} refused: {row['refused']}")
-            continue
-        exact = row["figures"].get("held_out_exact_match")
-        figure = (
-            f"exact match {exact:.1%}"
-            if exact is not None
-            else f"loss {row['figures'].get('train_loss', math.nan):.3f}"
-        )
-        print(
-            f"{row['adapter']:<28} {row['variant']} rank {row['rank']}, {row['bytes'] / 1e6:.1f} MB, {row['base']} ({row['quantization']}), {figure}"
-        )
 
 
 def chat(talk: Talker, prompt: str | None, *, max_tokens: int, temperature: float, as_json: bool) -> None:
@@ -216,7 +195,7 @@ class Progress:
     def __call__(self, label: str, share: float) -> None:
         """Take note that `share` (0 to 1) of `label` is done."""
         if self._bars is not None:
-            self._bars.update(self._task, description=label, completed=share)
+            self._bars.update(self._task, description=_harmless(label), completed=share)
         elif label != self._label:
             note(f"{label} …")
         self._label = label
@@ -229,7 +208,7 @@ class Progress:
     def note(self, message: str) -> None:
         """Say one line that stays."""
         if self._bars is not None:
-            self._bars.console.print(message, markup=False, highlight=False, soft_wrap=True)
+            self._bars.console.print(_harmless(message), markup=False, highlight=False, soft_wrap=True)
         else:
             note(message)
 
@@ -360,6 +339,11 @@ def _draws_blocks(stream: Any) -> bool:
 
 def _shown(token: Mapping[str, Any]) -> tuple[bool, str]:
     return token["trained"], visible_lines(token["text"])
+
+
+def _harmless(message: str) -> str:
+    """Return the message with its own line breaks; what stands in it may be a stranger's text."""
+    return "\n".join(visible(line) for line in message.split("\n"))
 
 
 def _one_line(answer: str, limit: int = 110) -> str:

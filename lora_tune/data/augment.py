@@ -2,10 +2,10 @@
 
 import random
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 
-from lora_tune.data.lint import SetLint, UsableRow
+from lora_tune.data.lint import SetLint, UsableRow, content_hash
 from lora_tune.data.messages import Conversation, Message, PlainText
 from lora_tune.recipe.schema import AugmentSection
 
@@ -14,27 +14,44 @@ _WORD = re.compile(r"(?<![\w@/.:-])[^\W\d_]{4,}(?![\w@/:-])")
 _FINAL_MARKS = ".!?…"
 
 
+@dataclass(frozen=True)
+class Original:
+    """A training row of which copies are made."""
+
+    row: Conversation | PlainText
+    place: int
+    """Where it stands, packed."""
+    times: int
+    """How often it is trained in an epoch: so often its copies are made, each another."""
+
+
 def augmented_rows(
-    rows: Iterable[tuple[Conversation | PlainText, int]], lint: SetLint, section: AugmentSection, *, seed: int
+    rows: Iterable[Original], lint: SetLint, section: AugmentSection, *, seed: int, held_out: Collection[int] = ()
 ) -> Iterator[UsableRow]:
-    """Yield up to `copies` changed copies of each row; a copy that came out as the row itself is left out.
+    """Yield up to `copies` changed copies of each row; one that came out as another, or as a held-out row, is left out.
 
     Args:
-        rows: rows with their packed place.
+        rows: the training rows; plain texts have no user message to change.
         lint: takes note of the copies.
         section: which changes, and how often.
         seed: the same seed gives the same copies, whatever rows stand before.
+        held_out: content hashes of the rows that are measured on.
     """
-    for row, place in rows:
+    for original in rows:
+        row = original.row
         if not isinstance(row, Conversation):
             continue
         known = {row.messages}
-        for number in range(section.copies):
+        for number in range(section.copies * original.times):
             chance = random.Random(f"augment {seed} {number} {row.as_json()}")  # noqa: S311 - variety, not a secret
             copy = vary(row, section, chance)
-            if copy.messages not in known:
-                known.add(copy.messages)
-                yield lint.usable(copy, place)
+            if copy.messages in known:
+                continue
+            known.add(copy.messages)
+            if content_hash(copy.as_json()) in held_out:
+                lint.n_held_out += 1
+            else:
+                yield lint.usable(copy, original.place)
 
 
 def vary(conversation: Conversation, section: AugmentSection, chance: random.Random) -> Conversation:

@@ -6,24 +6,27 @@ Nothing is cut, dropped or repeated without standing in the counts.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_tune.data.augment import augmented_rows
+from lora_tune.data.augment import Original, augmented_rows
 from lora_tune.data.length import Lengths, Pieces, SetCounts, histogram, hold_to_length
-from lora_tune.data.lint import FILE_SHIFT, CheckedRows, judge
-from lora_tune.data.messages import Conversation, PlainText
+from lora_tune.data.lint import FILE_SHIFT, SHOWN_PROBLEMS, SetLint, UsableRow
+from lora_tune.data.messages import Conversation
 from lora_tune.data.mixture import Indices, Share, balance, hold_out, mix
 from lora_tune.data.sources import Source, find_sources
-from lora_tune.data.store import StoredSet, tokenized_rows, tokenized_source, tokenizer_parts
+from lora_tune.data.store import tokenized_rows, tokenized_source, tokenizer_parts
+from lora_tune.data.stored import StoredSet
 from lora_tune.data.tokens import TokenizedRow, loss_labels
+from lora_tune.data.verdict import CheckedRows, judge
 from lora_tune.errors import DataError
 from lora_tune.recipe.schema import AugmentSection, DataSection
 
-SHOWN_ROWS = 20
+Part = tuple[StoredSet, Indices]
+"""A tokenized source, and which of its rows, repeats counted."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,10 @@ class TokenRows(Sequence[TokenizedRow]):
         pieces = self.pieces
         stored = self.stored[int(pieces.source[index])]
         return stored.tokenized(int(pieces.row[index]), int(pieces.start[index]), int(pieces.end[index]))
+
+    def __iter__(self) -> Iterator[TokenizedRow]:
+        # Not by index until an IndexError: one inside of a row would end the loop as if the set ended there.
+        return (self[number] for number in range(len(self)))
 
     def conversations(self) -> Iterator[Conversation]:
         """Yield the conversations behind the sequences, each once, in order; plain texts are none."""
@@ -154,26 +161,29 @@ def prepare_dataset(
     checked = judge(
         section, sources.train, sources.held_out, [part.lint for part in stored], seed=seed, notes=sources.notes
     )
-    _refuse_unproved(section, stored, checked.left_out)
     own, given = stored[: len(sources.train)], stored[len(sources.train) :]
     kept, split = hold_out([len(part.n_tokens) for part in own], section.eval_split, seed=seed)
-    trained, shares = mix(sources.train, kept, seed=seed)
-    if augment is not None and augment.balance_labels > 0:
-        trained, shares = _balanced(own, trained, shares, augment.balance_labels, seed=seed)
-    train_parts, train_rows = list(own), list(trained)
-    if augment is not None and augment.copies > 0:
-        copies = _augmented(own, kept, tokenizer, section, augment, seed=seed)
-        train_parts.append(copies)
-        train_rows.append(np.arange(len(copies.n_tokens), dtype=np.int64))
-        shares = [*shares, Share("augmented copies", len(copies.n_tokens), len(copies.n_tokens))]
-    train = _held_to_length(train_parts, train_rows, section)
-    measured = [*own, *given]
-    measured_rows = [*split, *(np.arange(len(part.n_tokens), dtype=np.int64) for part in given)]
-    held_out = _held_to_length(measured, measured_rows, section) if sum(map(len, measured_rows)) else None
+    measured = (*zip(own, split, strict=True), *((part, np.arange(len(part.n_tokens))) for part in given))
+    trained = list(zip(own, mix(sources.train, kept, seed=seed)[0], strict=True))
+    if augment is not None:
+        trained = _augmented(trained, measured, tokenizer, section, augment, seed=seed)
+    parts = [*stored, *(part for part, _ in trained[len(own) :])]
+    refused = _refused(section, parts, checked.left_out)
+    train = _held_to_length(trained, section, name="training")
+    held_out = _held_to_length(measured, section, name="held-out") if sum(len(rows) for _, rows in measured) else None
     return Splits(
-        train, held_out, checked, tuple(shares), _roles(stored),
-        {part.source.name: part.reason for part in stored}, _digest(train, held_out),
-    )  # fmt: skip
+        train=train,
+        held_out=held_out,
+        checked=replace(
+            checked,
+            left_out=checked.left_out + sum(part.tally.n_refused for part in stored),
+            warnings=(*checked.warnings, *refused, *_copy_warnings(trained[len(own) :], augment)),
+        ),
+        shares=_shares(trained, [len(rows) for rows in kept], train),
+        roles=_roles(stored),
+        tokenized=_reasons(own, given),
+        digest=_digest(train, held_out),
+    )
 
 
 def as_examples(rows: Sequence[TokenizedRow]) -> Any:
@@ -190,12 +200,15 @@ def as_examples(rows: Sequence[TokenizedRow]) -> Any:
     return Dataset.from_dict({"row": range(len(rows))}).with_transform(fetch)
 
 
-def _refuse_unproved(section: DataSection, stored: Sequence[StoredSet], left_out: int) -> None:
+def _refused(section: DataSection, stored: Sequence[StoredSet], left_out: int) -> list[str]:
+    """Return what to say of rows that cannot be proved and are left out; too many of them stop the run."""
     count = sum(part.tally.n_refused for part in stored)
-    if count + left_out <= section.max_bad_rows or not count:
-        return
-    problems = [problem for part in stored for problem in part.tally.refused][:SHOWN_ROWS]
+    problems = [problem for part in stored for problem in part.tally.refused][:SHOWN_PROBLEMS]
+    if not count:
+        return []
     shown = problems + ([f"… and {count - len(problems)} more"] if count > len(problems) else [])
+    if count + left_out <= section.max_bad_rows:
+        return [f"left out, since they cannot be trained on for certain (data.max_bad_rows): {'; '.join(shown)}"]
     total = sum(len(part.n_tokens) for part in stored)
     raise DataError(
         "\n  ".join([f"{count} of {total} rows cannot be trained on for certain", *shown]),
@@ -205,12 +218,30 @@ def _refuse_unproved(section: DataSection, stored: Sequence[StoredSet], left_out
     )
 
 
-def _balanced(
-    stored: Sequence[StoredSet], rows: Sequence[Indices], shares: Sequence[Share], share: float, *, seed: int
-) -> tuple[list[Indices], list[Share]]:
-    labels = [[_label(part, row) for row in own.tolist()] for part, own in zip(stored, rows, strict=True)]
-    more = balance(labels, rows, share, seed=seed)
-    return more, [Share(old.name, old.rows, len(new)) for old, new in zip(shares, more, strict=True)]
+def _copy_warnings(copies: Sequence[Part], augment: AugmentSection | None) -> list[str]:
+    warnings = []
+    for part, rows in copies:
+        if not len(rows):
+            warnings.append("augment.copies made no copy: nothing that a user says could be changed")
+        if part.lint.n_held_out:
+            warnings.append(f"{part.lint.n_held_out} augmented copies would have equalled a held-out row: not made")
+    return warnings
+
+
+def _shares(trained: Sequence[Part], n_rows: Sequence[int], train: TokenizedSet) -> tuple[Share, ...]:
+    """Return what is used of each source, refused and dropped rows taken off."""
+    used = np.bincount(train.rows.pieces.source, minlength=len(trained)).tolist()
+    rows = [*n_rows, *(len(part.n_tokens) for part, _ in trained[len(n_rows) :])]
+    return tuple(Share(part.source.name, own, count) for (part, _), own, count in zip(trained, rows, used, strict=True))
+
+
+def _reasons(own: Sequence[StoredSet], given: Sequence[StoredSet]) -> dict[str, str]:
+    """Return why each source was tokenized; a folder's held-out files are told from its training files."""
+    reasons = {part.source.name: part.reason for part in own}
+    for part in given:
+        name = part.source.name
+        reasons[f"{name} (held out)" if name in reasons else name] = part.reason
+    return reasons
 
 
 def _label(stored: StoredSet, row: int) -> str | None:
@@ -219,52 +250,68 @@ def _label(stored: StoredSet, row: int) -> str | None:
 
 
 def _augmented(
-    stored: Sequence[StoredSet], rows: Sequence[Indices], tokenizer: Any, section: DataSection, augment: AugmentSection,
+    trained: Sequence[Part], measured: Sequence[Part], tokenizer: Any, section: DataSection, augment: AugmentSection,
+    *, seed: int,
+) -> list[Part]:  # fmt: skip
+    """Return the training rows with rare labels repeated, and changed copies of them as one more part."""
+    parts = list(trained)
+    if augment.balance_labels > 0:
+        labels = [[_label(part, row) for row in rows.tolist()] for part, rows in parts]
+        more = balance(labels, [rows for _, rows in parts], augment.balance_labels, seed=seed)
+        parts = [(part, rows) for (part, _), rows in zip(parts, more, strict=True)]
+    if augment.copies > 0:
+        copies = _copies(parts, measured, tokenizer, section, augment, seed=seed)
+        parts.append((copies, np.arange(len(copies.n_tokens))))
+    return parts
+
+
+def _copies(
+    trained: Sequence[Part], measured: Sequence[Part], tokenizer: Any, section: DataSection, augment: AugmentSection,
     *, seed: int,
 ) -> StoredSet:  # fmt: skip
-    """Return changed copies of the training rows as a source of their own."""
-    files = tuple(path for part in stored for path in part.source.files)
+    """Return changed copies of the training rows as a source of their own; none of them equals a held-out row."""
+    files = tuple(path for part, _ in trained for path in part.source.files)
     source = Source("augmented copies", files, "chat", {})
-    chosen = hashlib.sha256(b"".join(own.tobytes() for own in rows)).hexdigest()
-    parts = {
-        "data": [part.digest for part in stored],
-        "rows": chosen,
-        "augment": augment.model_dump(mode="json"),
+    held_out = {int(part.lint.hashes[row]) for part, rows in measured for row in rows.tolist()}
+    key = {
+        "data": [part.key for part, _ in trained],
+        "rows": hashlib.sha256(b"|".join(rows.astype(np.int64).tobytes() for _, rows in trained)).hexdigest(),
+        "held-out rows": hashlib.sha256(repr(sorted(held_out)).encode()).hexdigest(),
+        "augment": augment.model_dump(mode="json", exclude={"neftune_alpha"}),
         "seed": seed,
         **tokenizer_parts(tokenizer, section.train_on),
     }
 
-    def originals() -> Iterator[tuple[Conversation | PlainText, int]]:
+    def originals() -> Iterator[Original]:
         first_file = 0
-        for part, own in zip(stored, rows, strict=True):
-            for row in own.tolist():
-                yield part.row(row), int(part.lint.places[row]) + (first_file << FILE_SHIFT)
+        for part, rows in trained:
+            for row, times in zip(*(values.tolist() for values in np.unique(rows, return_counts=True)), strict=True):
+                if part.n_tokens[row]:  # a row that cannot be proved has no copies either
+                    yield Original(part.row(row), int(part.lint.places[row]) + (first_file << FILE_SHIFT), times)
             first_file += len(part.source.files)
 
-    return tokenized_rows(
-        source,
-        parts,
-        lambda lint: augmented_rows(originals(), lint, augment, seed=seed),
-        tokenizer,
-        train_on=section.train_on,
-    )
+    def rows(lint: SetLint) -> Iterator[UsableRow]:
+        return augmented_rows(originals(), lint, augment, seed=seed, held_out=held_out)
+
+    return tokenized_rows(source, key, rows, tokenizer, train_on=section.train_on)
 
 
-def _held_to_length(stored: Sequence[StoredSet], rows: Sequence[Indices], section: DataSection) -> TokenizedSet:
+def _held_to_length(parts: Sequence[Part], section: DataSection, *, name: str) -> TokenizedSet:
     lengths = Lengths(
-        source=np.concatenate([np.full(len(own), number, np.int16) for number, own in enumerate(rows)]),
-        row=np.concatenate(list(rows)),
-        n_tokens=np.concatenate([part.n_tokens[own] for part, own in zip(stored, rows, strict=True)]),
-        n_trained=np.concatenate([part.n_trained[own] for part, own in zip(stored, rows, strict=True)]),
-        n_answers=np.concatenate([part.n_answers[own] for part, own in zip(stored, rows, strict=True)]),
-        runs=lambda entry: stored[int(lengths.source[entry])].encoded(int(lengths.row[entry]))[1],
+        source=np.concatenate([np.full(len(rows), number, np.int16) for number, (_, rows) in enumerate(parts)]),
+        row=np.concatenate([rows for _, rows in parts]),
+        n_tokens=np.concatenate([part.n_tokens[rows] for part, rows in parts]),
+        n_trained=np.concatenate([part.n_trained[rows] for part, rows in parts]),
+        n_answers=np.concatenate([part.n_answers[rows] for part, rows in parts]),
+        runs=lambda entry: parts[int(lengths.source[entry])][0].encoded(int(lengths.row[entry]))[1],
     )
 
     def where(entry: int) -> str:
-        return stored[int(lengths.source[entry])].where(int(lengths.row[entry]))
+        return parts[int(lengths.source[entry])][0].where(int(lengths.row[entry]))
 
-    pieces, counts = hold_to_length(lengths, section, where=where)
-    return TokenizedSet(TokenRows(tuple(stored), pieces), counts, histogram(lengths.n_tokens, section.max_seq_tokens))
+    pieces, counts = hold_to_length(lengths, section, where=where, name=name)
+    stored = tuple(part for part, _ in parts)
+    return TokenizedSet(TokenRows(stored, pieces), counts, histogram(lengths.n_tokens, section.max_seq_tokens))
 
 
 def _roles(stored: Sequence[StoredSet]) -> dict[str, tuple[int, int]]:

@@ -91,26 +91,36 @@ def learn_layout(tokenizer: Any, shape: Shape) -> Layout | None:
     filled, starts, ends = layout.fill(marked.messages)
     if filled != text:
         return None
-    for index, role in enumerate(shape):
-        if role == "assistant":
-            answer = _answer(tokenizer, marked, index, starts[index], ends[index])
-            if answer is not None:
-                layout.answers[index] = answer
+    indices = [index for index, role in enumerate(shape) if role == "assistant"]
+    for index, span in _spans(tokenizer, marked, indices).items():
+        lead = lead_of(tokenizer, text, span, words=(" w", "q7"))
+        layout.answers[index] = Answer(starts[index] - span.start, span.end - ends[index], span.ender, lead)
     return layout
 
 
-def _answer(tokenizer: Any, marked: Conversation, index: int, start: int, end: int) -> Answer | None:
+def _spans(tokenizer: Any, marked: Conversation, indices: Sequence[int]) -> dict[int, Span]:
+    """Return the span of each message that has one; all are asked for at once, which nearly every template allows."""
     try:
-        text, (span,) = answer_spans(tokenizer, marked, [index])
+        return dict(zip(indices, answer_spans(tokenizer, marked, indices)[1], strict=True))
     except LossMaskError:
-        return None
-    return Answer(start - span.start, span.end - end, span.ender, _lead(tokenizer, text, span))
+        if len(indices) < 2:
+            return {}
+    return {i: span for index in indices for i, span in _spans(tokenizer, marked, [index]).items()}
 
 
-def _lead(tokenizer: Any, text: str, span: Span) -> tuple[int, ...] | None:
-    """Control tokens part a text for the tokenizer, so what stands before the last one cannot change what follows it."""
+def lead_of(tokenizer: Any, text: str, span: Span, *, words: Sequence[str] = ()) -> tuple[int, ...] | None:
+    """Return the token ids from the last control token before the span up to it.
+
+    Control tokens part a text for the tokenizer, so what stands before the last one cannot change what follows it.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        text: the row as the template writes it.
+        span: the answer.
+        words: None is returned where one of these stands after the control token.
+    """
     before = text[: span.start]
     place, token = max(((before.rfind(token), token) for token in special_tokens(tokenizer)), default=(-1, ""))
-    if place < 0 or any(mark in before[place:] for mark in (" w", "q7")):
+    if place < 0 or not token or any(word in before[place:] for word in words):
         return None
-    return tuple(tokenizer(before[place:], add_special_tokens=False)["input_ids"]) if token else None
+    return tuple(tokenizer(before[place:], add_special_tokens=False)["input_ids"])

@@ -93,8 +93,10 @@ class Lengths:
     """Entry → trained runs of its row, [answers, 2]; asked only of rows that are too long."""
 
 
-def hold_to_length(lengths: Lengths, section: DataSection, *, where: Callable[[int], str]) -> tuple[Pieces, SetCounts]:
-    """Return what of each row is used under the section's policy, and what became of every row.
+def hold_to_length(
+    lengths: Lengths, section: DataSection, *, where: Callable[[int], str], name: str = "training"
+) -> tuple[Pieces, SetCounts]:
+    """Return what of each row is used under the section's policy, and what became of every row of the set called `name`.
 
     Raises:
         DataError: `too_long: fail` met a longer row, more trained tokens are lost than allowed, or no row is left.
@@ -120,8 +122,10 @@ def hold_to_length(lengths: Lengths, section: DataSection, *, where: Callable[[i
     start = np.concatenate([np.zeros(len(whole)), [window.start for window in windows]]).astype(np.int32)[order]
     end = np.concatenate([lengths.n_tokens[whole], [window.end for window in windows]]).astype(np.int32)[order]
     pieces = Pieces(lengths.source[entry], lengths.row[entry], start, end)
+    if not len(pieces):
+        raise _none_left(lengths, section, name)
     counts = _count(lengths, whole, windows, pieces, section)
-    _hold_to_budget(lengths, counts, section)
+    _hold_to_budget(lengths, counts, section, name)
     return pieces, counts
 
 
@@ -165,11 +169,6 @@ def _window(entry: int, start: int, end: int, runs: Runs) -> _Window:
 def _count(
     lengths: Lengths, whole: Numbers, windows: Sequence[_Window], pieces: Pieces, section: DataSection
 ) -> SetCounts:
-    if not len(pieces):
-        raise DataError(
-            f"no row is left: all {len(lengths.row)} are longer than data.max_seq_tokens = {section.max_seq_tokens}, or refused",
-            hint="raise data.max_seq_tokens",
-        )
     trained = int(lengths.n_trained[whole].sum(dtype=np.int64)) + sum(window.trained for window in windows)
     used = {window.entry for window in windows}
     split = section.too_long == "split"
@@ -191,14 +190,25 @@ def _count(
     )
 
 
-def _hold_to_budget(lengths: Lengths, counts: SetCounts, section: DataSection) -> None:
+def _none_left(lengths: Lengths, section: DataSection, name: str) -> DataError:
+    long = lengths.n_tokens[lengths.n_tokens > section.max_seq_tokens]
+    shortest = f" (the shortest has {int(long.min())} tokens)" if len(long) else ""
+    return DataError(
+        f"no {name} row is left: of {len(lengths.row)}, {len(long)} are longer than data.max_seq_tokens = "
+        f"{section.max_seq_tokens}{shortest} and {int((lengths.n_tokens == 0).sum())} cannot be trained on for certain",
+        hint="raise data.max_seq_tokens",
+        where="data.max_seq_tokens",
+    )
+
+
+def _hold_to_budget(lengths: Lengths, counts: SetCounts, section: DataSection, name: str) -> None:
     total = counts.trained_tokens + counts.trained_tokens_lost
     allowed = float(section.max_lost_tokens.removesuffix("%")) / 100
     if counts.trained_tokens_lost <= allowed * total:
         return
     raise DataError(
         f"data.max_seq_tokens = {section.max_seq_tokens} with data.too_long = {section.too_long} loses "
-        f"{counts.trained_tokens_lost} of {total} trained tokens ({counts.trained_tokens_lost / total:.1%}), and "
+        f"{counts.trained_tokens_lost} of {total} trained tokens ({counts.trained_tokens_lost / total:.1%}) of the {name} rows, and "
         f"data.max_lost_tokens allows {section.max_lost_tokens}",
         hint=f"set data.max_seq_tokens to {_limit_within(lengths, allowed * total)} (the longest row has "
         f"{counts.longest_tokens}), or data.too_long to split, which loses none, or raise data.max_lost_tokens",

@@ -1,6 +1,7 @@
 """Stand-ins for what a row says: put in its place, they show where a chat template writes it."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,6 +40,11 @@ class Marks:
         self._given += 1
         return f"{self._stem}n{self._given}z"
 
+    @property
+    def pattern(self) -> re.Pattern[str]:
+        """Matches every mark that was given."""
+        return re.compile(f"{self._stem}n[0-9]+z")
+
 
 def mark_message(message: Message, marks: Marks) -> tuple[Message, list[Part]]:
     """Return an assistant message with marks for its reasoning, words and called functions, and what they stand for.
@@ -60,6 +66,16 @@ def mark_message(message: Message, marks: Marks) -> tuple[Message, list[Part]]:
         tool_calls=tuple(replace(call, name=stand_in(CALL, call.name)) for call in message.tool_calls),
     )
     return marked, parts
+
+
+def mark_words(message: Message, marks: Marks) -> tuple[Message, list[Part]]:
+    """Return any message with marks for what `mark_message` marks, and what they stand for."""
+    if message.role == "assistant":
+        return mark_message(message, marks)
+    if not message.content.strip():
+        return message, []
+    part = Part(WORDS, message.content, marks.new())
+    return replace(message, content=part.mark), [part]
 
 
 def mark_everything(message: Message, marks: Marks) -> tuple[Message, list[Part]]:

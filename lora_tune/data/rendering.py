@@ -20,23 +20,28 @@ from lora_tune.data.spans import (
     ANOTHER_TEMPLATE,
     Asked,
     LossMaskError,
+    Place,
     Span,
     WrittenRow,
     answer_span,
     check_layout,
     control_pattern,
+    find_places,
 )
 
 __all__ = [
     "LossMaskError",
+    "Place",
     "Span",
     "answer_spans",
+    "control_normalizer",
     "fixed_template",
     "refuse_control_tokens",
     "render",
     "render_many",
     "special_tokens",
     "template_settings",
+    "written_row",
 ]
 
 TEMPLATE_DATE = "26 Jul 2024"
@@ -140,23 +145,58 @@ def special_tokens(tokenizer: Any) -> list[str]:
     return list(known[1])
 
 
-def refuse_control_tokens(conversation: Conversation, control: Sequence[str]) -> None:
+def control_normalizer(tokenizer: Any) -> Callable[[str], str] | None:
+    """Return how the tokenizer rewrites a text before it looks for control tokens; None where it looks at the text itself.
+
+    A token that was added with `normalized=True` is found in the rewritten text: in lower case, say, or where full-width
+    letters have become ordinary ones.
+    """
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+    if normalizer is None or not any(token.normalized and token.special for token in added):
+        return None
+    rewrite: Callable[[str], str] = normalizer.normalize_str
+    return rewrite
+
+
+def refuse_control_tokens(
+    conversation: Conversation, control: Sequence[str], *, normalize: Callable[[str], str] | None = None
+) -> None:
     """Refuse texts that the tokenizer would read as the end or the beginning of a turn.
+
+    Args:
+        conversation: the row.
+        control: every special token's text.
+        normalize: how the tokenizer rewrites a text before it looks for them (`control_normalizer`).
 
     Raises:
         LossMaskError: with the message and the token.
     """
-    pattern = control_pattern(tuple(control))
+    find = _finder(control, normalize)
     for number, message in enumerate(conversation.messages, start=1):
-        found = pattern.search(message.content)
-        if found is None and not message.is_plain:
-            found = next(filter(None, map(pattern.search, _small_print(message))), None)
-        if found is not None:
-            raise _forged(f"message {number} ({message.role}) holds", found.group())
+        found = find(message.content)
+        if not found and not message.is_plain:
+            found = next(filter(None, map(find, _small_print(message))), "")
+        if found:
+            raise _forged(f"message {number} ({message.role}) holds", found)
     if conversation.tools:
-        found = next(filter(None, map(pattern.search, leaves_of(_tool_list(conversation.tools)))), None)
-        if found is not None:
-            raise _forged("the tools hold", found.group())
+        found = next(filter(None, map(find, leaves_of(_tool_list(conversation.tools)))), "")
+        if found:
+            raise _forged("the tools hold", found)
+
+
+def _finder(control: Sequence[str], normalize: Callable[[str], str] | None) -> Callable[[str], str]:
+    """Return what finds the first control token of a text, or nothing."""
+    pattern = control_pattern(tuple(control))
+    rewritten = control_pattern((*control, *map(normalize, control))) if normalize else None
+
+    def find(text: str) -> str:
+        found = pattern.search(text)
+        if found is None and normalize and rewritten:
+            found = rewritten.search(normalize(text))
+        return found.group() if found else ""
+
+    return find
 
 
 def _forged(holder: str, token: str) -> LossMaskError:
@@ -292,7 +332,16 @@ def _compiled(tokenizer: Any, settings: Mapping[str, Any], add_generation_prompt
 
 
 def answer_spans(tokenizer: Any, conversation: Conversation, indices: Sequence[int]) -> tuple[str, list[Span]]:
-    """Return the row as the template writes it, and what in it the model must write for each of the messages.
+    """Return the row's text and its spans, as `written_row` does."""
+    text, spans, _ = written_row(tokenizer, conversation, indices)
+    return text, spans
+
+
+def written_row(
+    tokenizer: Any, conversation: Conversation, indices: Sequence[int]
+) -> tuple[str, list[Span], dict[int, Place]]:
+    """Return the row as the template writes it, what in it the model must write for each of the messages, and where
+    every message stands, as far as that is certain.
 
     Args:
         tokenizer: its template is asked.
@@ -314,6 +363,7 @@ def answer_spans(tokenizer: Any, conversation: Conversation, indices: Sequence[i
         _writer(tokenizer, manner, add_generation_prompt=True),
         special_tokens(tokenizer),
     )
-    spans = [answer_span(row, index) for index in indices]
+    places = find_places(row)
+    spans = [answer_span(row, index, places.get(index)) for index in indices]
     check_layout(row, indices)
-    return text, spans
+    return text, spans, places

@@ -3,11 +3,21 @@ rendering.py asks the chat template.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from lora_tune.data.marks import CALL, REASONING, Marks, Part, mark_everything, mark_message, mark_tools, unmark
+from lora_tune.data.marks import (
+    CALL,
+    REASONING,
+    Marks,
+    Part,
+    mark_everything,
+    mark_message,
+    mark_tools,
+    mark_words,
+    unmark,
+)
 from lora_tune.data.messages import Message
 from lora_tune.errors import DataError
 
@@ -43,6 +53,10 @@ class Span:
     """How many of its last characters end the turn."""
 
 
+Place = tuple[int, int]
+"""Where what one message says begins and ends in the rendered text, as [start, end); blanks around it included."""
+
+
 @dataclass(frozen=True)
 class WrittenRow:
     """One row, what the chat template writes for it, and the template itself to ask again."""
@@ -65,8 +79,69 @@ class WrittenRow:
     """Every special token."""
 
 
-def answer_span(row: WrittenRow, index: int) -> Span:
+def find_places(row: WrittenRow) -> dict[int, Place]:
+    """Return where each message stands, by its index, from one rendering with marks in the place of all words.
+
+    Empty where the text is not exactly that rendering with the words put back; a message that is not written in full has
+    no place.
+    """
+    marks = Marks(row.text)
+    marked = [mark_words(message, marks) for message in row.messages]
+    owner = {part.mark: (index, part) for index, (_, parts) in enumerate(marked) for part in parts}
+    try:
+        whole = row.write(([message for message, _ in marked], row.tools))
+    except LossMaskError:
+        return {}
+    pieces, written = _between_marks(whole, marks, owner)
+    if len(set(written)) < len(written) or not row.text.startswith(pieces[0]):
+        return {}
+    places: dict[int, Place] = {}
+    position = len(pieces[0])
+    for mark, piece in zip(written, pieces[1:], strict=True):
+        index, part = owner[mark]
+        after = _after_words(row.text, _skip_blanks(row.text, position), part.text.strip(), piece)
+        if after is None:
+            return {}
+        places[index] = (places.get(index, (position, 0))[0], after - len(piece))
+        position = after
+    if position != len(row.text) or _interleaved([owner[mark][0] for mark in written]):
+        return {}
+    missing = {owner[mark][0] for mark in owner.keys() - set(written)}
+    return {index: place for index, place in places.items() if index not in missing}
+
+
+def _between_marks(whole: str, marks: Marks, owner: Mapping[str, tuple[int, Part]]) -> tuple[list[str], list[str]]:
+    """Return the text before, between and after the marks, and the marks; a function that is named again is text."""
+    pieces, written, position = [""], [], 0
+    named: set[str] = set()
+    for found in marks.pattern.finditer(whole):
+        pieces[-1] += whole[position : found.start()]
+        position = found.end()
+        mark = found.group()
+        if mark in named:
+            pieces[-1] += owner[mark][1].text
+            continue
+        if owner[mark][1].kind == CALL:
+            named.add(mark)
+        written.append(mark)
+        pieces.append("")
+    pieces[-1] += whole[position:]
+    return pieces, written
+
+
+def _interleaved(indices: Sequence[int]) -> bool:
+    """True where a message goes on after another one has begun."""
+    runs = [index for n, index in enumerate(indices) if n == 0 or indices[n - 1] != index]
+    return len(set(runs)) < len(runs)
+
+
+def answer_span(row: WrittenRow, index: int, place: Place | None = None) -> Span:
     """Return what the model must write for one message, end-of-turn included.
+
+    Args:
+        row: the row.
+        index: the message's.
+        place: where it stands, as `find_places` says; without it, it is looked for.
 
     Raises:
         LossMaskError: the template writes the message otherwise than it asks for it, leaves a part of it out, or does
@@ -76,9 +151,11 @@ def answer_span(row: WrittenRow, index: int) -> Span:
     marked, parts = mark_message(messages[index], Marks(row.text))
     if not parts:
         raise LossMaskError(f"{name} says nothing that could be trained", hint="take the row out, or fill the message")
-    whole = row.write(([*messages[:index], marked, *messages[index + 1 :]], row.tools))
-    _check_reasoning(row, index, whole, parts)
-    start, end = find_parts(row.text, whole, parts, message=name)
+    if place is None:
+        whole = row.write(([*messages[:index], marked, *messages[index + 1 :]], row.tools))
+        _check_reasoning(row, index, whole, parts)
+        place = find_parts(row.text, whole, parts, message=name)
+    start, end = place
     prompt = row.ask((messages[:index], row.tools))
     if len(prompt) > start or not row.text.startswith(prompt):
         raise _asked_otherwise(row, index, prompt, start)

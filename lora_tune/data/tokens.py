@@ -5,68 +5,39 @@ the end-of-turn; where each answer stands in the text comes from rendering.py, o
 rendering confirms.
 """
 
-import unicodedata
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
+from lora_tune.data.encoding import Draft, EncodedRow, RowEncoder, TokenizedRow
 from lora_tune.data.layout import Layout, Shape, learn_layout, shape_of
 from lora_tune.data.messages import Conversation, Message, PlainText
 from lora_tune.data.rendering import (
     LossMaskError,
     Span,
     answer_spans,
+    control_normalizer,
     refuse_control_tokens,
     render,
     render_many,
     special_tokens,
+    written_row,
 )
+
+__all__ = [
+    "IGNORE_INDEX",
+    "EncodedRow",
+    "RowTokenizer",
+    "TokenizedRow",
+    "answer_ids",
+    "end_of_turn_ids",
+    "loss_labels",
+    "prompt_ids",
+    "tokenize",
+    "trained_text",
+]
 
 IGNORE_INDEX = -100
 """Label of a token that adds nothing to the loss (PyTorch's and transformers' convention)."""
-
-Run = tuple[int, int]
-"""Neighbouring trained tokens, as [start, end)."""
-
-
-@dataclass(frozen=True)
-class TokenizedRow:
-    """One row as tokens."""
-
-    input_ids: tuple[int, ...]
-    """Token ids, [T]."""
-
-    trained: tuple[bool, ...]
-    """Loss mask, [T]; True means the token adds to the loss."""
-
-    where: str
-    """`file:line` of the row."""
-
-    @property
-    def n_trained(self) -> int:
-        """Count of trained tokens."""
-        return sum(self.trained)
-
-
-@dataclass(frozen=True)
-class EncodedRow:
-    """One row's tokens in little room, with what the lint says of them."""
-
-    ids: list[int]
-    """Token ids, [T]."""
-
-    runs: tuple[Run, ...]
-    """The trained tokens, one run an answer."""
-
-    roles: tuple[tuple[str, int, int], ...]
-    """Role, tokens and trained tokens of each message's words; what the template adds is in none of them."""
-
-    def as_row(self, where: str) -> TokenizedRow:
-        """The row with its loss mask token by token."""
-        trained = [False] * len(self.ids)
-        for start, end in self.runs:
-            trained[start:end] = [True] * (end - start)
-        return TokenizedRow(tuple(self.ids), tuple(trained), where)
 
 
 def loss_labels(ids: Sequence[int], trained: Sequence[bool]) -> list[int]:
@@ -129,20 +100,8 @@ def trained_text(row: TokenizedRow, tokenizer: Any) -> str:
     return str(tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-@dataclass
-class _Draft:
-    """A row on its way: text and spans are known, its tokens not yet."""
-
-    row: Conversation | PlainText
-    indices: Sequence[int]
-    """The messages that are trained."""
-    text: str = ""
-    spans: Sequence[Span] = ()
-    leads: Sequence[tuple[int, ...] | None] = ()
-    """Per span: the ids that must stand right before it; None asks for the whole prompt's."""
-    words: Sequence[tuple[int, int, int]] = ()
-    """Message, start and end of the words that were found in the text."""
-    found: EncodedRow | LossMaskError | None = None
+MAX_MESSAGES = 1_000
+"""Messages a row: each answer's prompt is written out, so the time grows with the square of them."""
 
 
 class RowTokenizer:
@@ -151,41 +110,32 @@ class RowTokenizer:
     def __init__(self, tokenizer: Any, *, train_on: str) -> None:
         self.tokenizer = tokenizer
         self.train_on = train_on
-        self._backend = tokenizer.backend_tokenizer
-        # A tokenizer.json may bring its own limits; a call of the tokenizer switches them off, and so do we.
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        self._encoder = RowEncoder(tokenizer, train_on=train_on)
         self._control = special_tokens(tokenizer)
+        self._normalize = control_normalizer(tokenizer)
         self._layouts: dict[Shape, Layout | None] = {}
 
     def __call__(self, rows: Sequence[Conversation | PlainText]) -> list[EncodedRow | LossMaskError]:
         """Return each row's tokens, or why it is refused, in the same order."""
         return self.encode(self.draft(rows))
 
-    def draft(self, rows: Sequence[Conversation | PlainText]) -> list[_Draft]:
+    def draft(self, rows: Sequence[Conversation | PlainText]) -> list[Draft]:
         """Return the rows as text, with the spans that are trained: the part that needs no tokenizer."""
-        drafts = [_Draft(row, self._indices(row)) for row in rows]
-        likely = [d for d in drafts if isinstance(d.row, Conversation) and self._layout(d.row) is not None]
+        drafts = [Draft(row, self._indices(row), found=_too_many(row)) for row in rows]
+        likely = [
+            draft
+            for draft in drafts
+            if draft.found is None and isinstance(draft.row, Conversation) and self._layout(draft.row) is not None
+        ]
         self._draft_by_layout(likely)
         for draft in drafts:
             if not draft.text and draft.found is None:
                 self._draft_alone(draft)
         return drafts
 
-    def encode(self, drafts: Sequence[_Draft]) -> list[EncodedRow | LossMaskError]:
+    def encode(self, drafts: Sequence[Draft]) -> list[EncodedRow | LossMaskError]:
         """Return the drafts' tokens, proved, or why they are refused."""
-        ready = [draft for draft in drafts if draft.found is None]
-        # As in a call of the tokenizer, but thousands at a time and on every core.
-        encodings = self._backend.encode_batch([draft.text for draft in ready], add_special_tokens=False)
-        proofs: list[tuple[_Draft, Any, list[Run]]] = []
-        for draft, encoding in zip(ready, encodings, strict=True):
-            runs = self._runs(draft, encoding) if isinstance(draft.row, Conversation) else None
-            if runs is None:
-                draft.found = self._encode_alone(draft)
-            else:
-                proofs.append((draft, encoding, runs))
-        self._prove(proofs)
-        return [draft.found for draft in drafts if draft.found is not None]
+        return self._encoder.encode(drafts)
 
     def _layout(self, conversation: Conversation) -> Layout | None:
         shape = shape_of(conversation)
@@ -196,9 +146,14 @@ class RowTokenizer:
         return self._layouts[shape]
 
     def _indices(self, row: Conversation | PlainText) -> list[int]:
-        return [] if self.train_on == "all" or isinstance(row, PlainText) else row.trained_messages(self.train_on)
+        """Return the messages that are trained; with train_on `all`, the answers that are not."""
+        if isinstance(row, PlainText):
+            return []
+        if self.train_on == "all":
+            return [i for i, said in enumerate(row.messages) if said.role == "assistant" and said.train is False]
+        return row.trained_messages(self.train_on)
 
-    def _draft_by_layout(self, drafts: Sequence[_Draft]) -> None:
+    def _draft_by_layout(self, drafts: Sequence[Draft]) -> None:
         """Fill in the drafts whose own rendering, and every prompt in it, equals the layout; leave the others alone."""
         asked: list[tuple[Sequence[Message], str]] = [(draft.row.messages, "") for draft in drafts]  # type: ignore[union-attr]
         texts = _render_each(self.tokenizer, asked)
@@ -218,10 +173,10 @@ class RowTokenizer:
                 Span(starts[i] - a.before, ends[i] + a.after, a.ender) for i, a in zip(indices, answers, strict=True)
             ]
             prompts += [(conversation.messages[:index], "") for index in indices]
-            words = [(i, start, end) for i, (start, end) in enumerate(zip(starts, ends, strict=True))]
-            guesses.append((draft, text, spans, [answer.lead for answer in answers], words))
+            places = dict(enumerate(zip(starts, ends, strict=True)))
+            guesses.append((draft, text, spans, [answer.lead for answer in answers], places))
         rendered = iter(_render_each(self.tokenizer, prompts, add_generation_prompt=True))
-        for draft, text, spans, leads, words in guesses:
+        for draft, text, spans, leads, places in guesses:
             agree = [text[: span.start] == next(rendered) for span in spans]
             if not all(agree):
                 continue
@@ -230,98 +185,36 @@ class RowTokenizer:
             except LossMaskError as err:
                 draft.found = err
             else:
-                draft.text, draft.spans, draft.leads, draft.words = text, spans, leads, words
+                draft.text, draft.spans, draft.leads, draft.places = text, spans, leads, places
 
-    def _draft_alone(self, draft: _Draft) -> None:
+    def _draft_alone(self, draft: Draft) -> None:
         row = draft.row
         try:
             if isinstance(row, PlainText):
                 draft.text = row.text
                 return
             self._refuse(draft)
-            draft.text, draft.spans = answer_spans(self.tokenizer, row, draft.indices)
+            draft.text, draft.spans, draft.places = written_row(self.tokenizer, row, draft.indices)
             draft.leads = [None] * len(draft.spans)
-            draft.words = _find_words(row, draft.text)
         except LossMaskError as err:
             draft.found = err
 
-    def _refuse(self, draft: _Draft) -> None:
+    def _refuse(self, draft: Draft) -> None:
         assert isinstance(draft.row, Conversation)
-        refuse_control_tokens(draft.row, self._control)
+        refuse_control_tokens(draft.row, self._control, normalize=self._normalize)
         if self.train_on != "all" and not draft.indices:
             raise LossMaskError(
                 "no token is trained", hint="no assistant message of the row is trained: see data.train_on"
             )
 
-    def _runs(self, draft: _Draft, encoding: Any) -> list[Run] | None:
-        """Return each span's tokens, or None where a token reaches across an edge, or the prompt's tokens would change."""
-        ids, runs = encoding.ids, []
-        for span, lead in zip(draft.spans, draft.leads, strict=True):
-            first = encoding.char_to_token(span.start)
-            last = encoding.char_to_token(span.end) if span.end < len(draft.text) else len(ids)
-            if first is None or last is None or encoding.token_to_chars(first)[0] != span.start:
-                return None
-            if last < len(ids) and encoding.token_to_chars(last)[0] != span.end:
-                return None
-            before = _encode(self.tokenizer, draft.text[: span.start]) if lead is None else list(lead)
-            if ids[first - len(before) : first] != before or (lead is None and len(before) != first):
-                return None
-            runs.append((first, last))
-        return runs
 
-    def _prove(self, proofs: Sequence[tuple[_Draft, Any, list[Run]]]) -> None:
-        """Refuse the rows in which a span's tokens do not read exactly as that span of the text."""
-        pieces = [encoding.ids[start:end] for _, encoding, runs in proofs for start, end in runs]
-        decoded = iter(self._backend.decode_batch(pieces, skip_special_tokens=False))
-        for draft, encoding, runs in proofs:
-            wrong = [
-                _misread(next(decoded), draft.text[span.start : span.end])
-                for span, _ in zip(draft.spans, runs, strict=True)
-            ]
-            refused = next((err for err in wrong if err is not None), None)
-            if refused is not None:
-                draft.found = refused
-                continue
-            kept = [(0, len(encoding.ids))] if self.train_on == "all" else runs
-            whole = [(0, len(draft.text), 0, encoding)]
-            draft.found = EncodedRow(encoding.ids, tuple(kept), _roles(draft, whole, kept))
-
-    def _encode_alone(self, draft: _Draft) -> EncodedRow | LossMaskError:
-        """Tokenize prompt and answers apart, as in use: an answer may begin with a line break, say."""
-        if isinstance(draft.row, PlainText):
-            return self._encode_text(draft.row)
-        ids: list[int] = []
-        runs: list[Run] = []
-        pieces: list[tuple[int, int, int, Any]] = []
-        position = 0
-        for start, end, trained in _pieces(draft):
-            encoding = self._backend.encode(draft.text[start:end], add_special_tokens=False)
-            if trained:
-                decoded = self._backend.decode(encoding.ids, skip_special_tokens=False)
-                wrong = _misread(decoded, draft.text[start:end])
-                if wrong is not None:
-                    return wrong
-                runs.append((position, position + len(encoding.ids)))
-            pieces.append((start, end, position, encoding))
-            position += len(encoding.ids)
-            ids += encoding.ids
-        kept = [(0, len(ids))] if self.train_on == "all" else runs
-        return EncodedRow(ids, tuple(kept), _roles(draft, pieces, kept))
-
-    def _encode_text(self, row: PlainText) -> EncodedRow | LossMaskError:
-        """A text as it stands: at most one beginning-of-text, then exactly one end-of-text, which is trained."""
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        ids = [int(token) for token in self.tokenizer(row.text)["input_ids"]]
-        while len(ids) > 1 and bos is not None and ids[0] == ids[1] == bos:
-            del ids[0]
-        if eos is None:
-            return LossMaskError("the tokenizer has no end-of-text token, so the model would never learn to stop")
-        while ids and ids[-1] == eos:
-            del ids[-1]
-        if not ids:
-            return LossMaskError("the text is empty")
-        ids.append(eos)
-        return EncodedRow(ids, ((0, len(ids)),), (("text", len(ids), len(ids)),))
+def _too_many(row: Conversation | PlainText) -> LossMaskError | None:
+    if isinstance(row, PlainText) or len(row.messages) <= MAX_MESSAGES:
+        return None
+    return LossMaskError(
+        f"the row has {len(row.messages):,} messages; at most {MAX_MESSAGES:,} are taken",
+        hint="part long conversations into several rows",
+    )
 
 
 def _render_each(
@@ -338,60 +231,6 @@ def _render_each(
             texts += render_many(tokenizer, rest[:refused], add_generation_prompt=add_generation_prompt)
             texts.append(None)
     return texts
-
-
-def _pieces(draft: _Draft) -> Iterator[tuple[int, int, bool]]:
-    """Yield start, end and whether it is trained, of the text between and inside the spans."""
-    position = 0
-    for span in draft.spans:
-        yield position, span.start, False
-        yield span.start, span.end, True
-        position = span.end
-    yield position, len(draft.text), False
-
-
-def _roles(
-    draft: _Draft, pieces: Sequence[tuple[int, int, int, Any]], runs: Sequence[Run]
-) -> tuple[tuple[str, int, int], ...]:
-    """Return role, tokens and trained tokens of each message's words.
-
-    A piece is what was tokenized at once: start and end in the text, first token, encoding.
-    """
-    assert isinstance(draft.row, Conversation)
-    counted = []
-    for index, start, end in draft.words:
-        found = next((piece for piece in pieces if piece[0] <= start and end <= piece[1]), None)
-        if found is None or end <= start:
-            continue
-        offset, encoding = found[0], found[3]
-        first, last = encoding.char_to_token(start - offset), encoding.char_to_token(end - 1 - offset)
-        if first is None or last is None:
-            continue
-        tokens, at = last + 1 - first, first + found[2]
-        trained = tokens if any(a <= at and at + tokens <= b for a, b in runs) else 0
-        counted.append((draft.row.messages[index].role, tokens, trained))
-    return tuple(counted)
-
-
-def _find_words(conversation: Conversation, text: str) -> list[tuple[int, int, int]]:
-    """Return where each message's words stand, for the count by role; words that are not found are left out of it."""
-    found, position = [], 0
-    for index, message in enumerate(conversation.messages):
-        words = message.content.strip()
-        start = text.find(words, position) if words else -1
-        if start >= 0:
-            position = start + len(words)
-            found.append((index, start, position))
-    return found
-
-
-def _misread(decoded: str, wanted: str) -> LossMaskError | None:
-    # Tokenizers of SentencePiece kind do not give a first blank back; some write composed characters (NFC).
-    if decoded == wanted or decoded in (wanted.removeprefix(" "), unicodedata.normalize("NFC", wanted)):
-        return None
-    return LossMaskError(
-        f"the trained tokens read {decoded[:80]!r}, but the answer is {wanted[:80]!r}: the tokenizer changes its text"
-    )
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_tune.errors import DataError, MissingInputError
+from lora_tune.recipe.schema import DATA_PACKINGS, DATA_SUFFIXES
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-PACKINGS = (".gz", ".bz2", ".xz", ".zst")
+SUFFIXES, PACKINGS = DATA_SUFFIXES, DATA_PACKINGS
 MAX_ROW_BYTES = 8 * 1024 * 1024
 MAX_RATIO = 100
 RATIO_FREE_BYTES = 1024 * 1024

@@ -12,7 +12,16 @@ from ruamel.yaml import YAML
 
 from lora_tune.errors import LoraTuneError, MissingInputError, RecipeError, UsageError
 from lora_tune.recipe.closed_yaml import ClosedYaml, Problem, parse
-from lora_tune.recipe.schema import BUILTIN_BASES, BUILTIN_TEMPLATES, SECTIONS, MixedSet, Recipe, Section, conflicts
+from lora_tune.recipe.schema import (
+    BUILTIN_BASES,
+    BUILTIN_TEMPLATES,
+    EXPECTED,
+    SECTIONS,
+    MixedSet,
+    Recipe,
+    Section,
+    conflicts,
+)
 from lora_tune.recipe.template import read_template
 
 _FROM_SET = 0
@@ -157,8 +166,17 @@ def _validate(values: Mapping[str, Any], lines: Mapping[str, int]) -> tuple[Reci
             "data.path",
             "data.mix",
         }:  # a set that is wrong is not a set that is missing
-            problems.append(Problem(field, lines.get(field), message))
+            problems.append(Problem(field, lines.get(field), message + _way_out(recipe, field, lines)))
     return recipe, problems
+
+
+def _way_out(recipe: Recipe, field: str, lines: Mapping[str, int]) -> str:
+    """Return what to add to a `--set` that names the rows beside a recipe that names others."""
+    if field != "data.path" or not recipe.data.mix:
+        return ""
+    from_set = {key for key in ("data.path", "data.mix") if lines.get(key) == _FROM_SET}
+    other = {"data.mix": "data.path=null", "data.path": "data.mix=[]"}
+    return f"; add `--set {other[from_set.pop()]}`" if len(from_set) == 1 else ""
 
 
 def _validate_section(
@@ -171,7 +189,7 @@ def _validate_section(
         for detail in err.errors(include_url=False):
             key = str(detail["loc"][0])
             field = f"{name}.{key}"
-            if key == "mix" and len(detail["loc"]) > 2:
+            if key == "mix" and len(detail["loc"]) > 1:
                 wrong.add(key)
                 problems.append(_mix_problem(detail, lines.get(field, lines.get(name))))
                 continue
@@ -182,7 +200,7 @@ def _validate_section(
                 Problem(
                     field,
                     lines.get(field, lines.get(name)),
-                    _explain(section, key, given, detail["type"], detail["msg"]),
+                    _explain(section, field, detail),
                 )
             )
     # Keep what is right, so that settings that cannot go together are still found.
@@ -194,27 +212,38 @@ def _validate_section(
 
 def _mix_problem(detail: Any, line: int | None) -> Problem:
     """Name the set of data.mix and its setting."""
-    number, key = detail["loc"][1], str(detail["loc"][2])
+    number = detail["loc"][1] + 1
+    if len(detail["loc"]) == 2:
+        return Problem(f"data.mix[{number}]", line, f"found {detail['input']!r}; expected {EXPECTED['data.mix[]']}")
+    key = str(detail["loc"][2])
     if detail["type"] == "extra_forbidden":
         message = f"unknown key{_did_you_mean(key, list(MixedSet.model_fields))}"
     elif detail["type"] == "missing":
         message = f"is required: {MixedSet.model_fields[key].description}"
     else:
-        message = f"found {detail['input']!r}; {detail['msg'][0].lower()}{detail['msg'][1:]}"
-    return Problem(f"data.mix[{number + 1}].{key}", line, message)
+        message = _wrong_value(f"data.{key}", detail)
+    return Problem(f"data.mix[{number}].{key}", line, message)
 
 
-def _explain(section: type[Section], key: str, given: Mapping[str, Any], kind: str, message: str) -> str:
-    if kind == "extra_forbidden":
+def _explain(section: type[Section], field: str, detail: Any) -> str:
+    key = field.partition(".")[2]
+    if detail["type"] == "extra_forbidden":
         owners = [name for name, other in SECTIONS.items() if key in other.model_fields]
         if owners:
             return f"unknown key here; it belongs to section `{owners[0]}`"
         return f"unknown key{_did_you_mean(key, list(section.model_fields))}"
-    if kind == "missing":
+    if detail["type"] == "missing":
         return f"is required: {section.model_fields[key].description}"
-    expected = message[0].lower() + message[1:]
-    value = given.get(key)
-    if isinstance(value, str) and kind == "literal_error":
+    return _wrong_value(field, detail)
+
+
+def _wrong_value(field: str, detail: Any) -> str:
+    """Say what was found and what was expected, with the choice that was meant."""
+    value, message = detail["input"], detail["msg"]
+    if field in EXPECTED and "too_" not in detail["type"]:
+        return f"found {value!r}; expected {EXPECTED[field]}"
+    expected = message.replace("Tuple", "List")[0].lower() + message.replace("Tuple", "List")[1:]
+    if isinstance(value, str) and detail["type"] == "literal_error":
         choices = [
             part.strip("' ") for part in message.removeprefix("Input should be ").replace(" or ", ", ").split(",")
         ]

@@ -3,13 +3,18 @@
 `--help`, the JSON Schema and docs/reference/recipe.md are generated from here; there is no second default anywhere.
 """
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
 """What a run, an adapter or an alias may be called."""
+
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+"""What the name of a file of rows ends in."""
+
+DATA_PACKINGS = (".gz", ".bz2", ".xz", ".zst")
+"""What may follow when the file is packed."""
 
 BUILTIN_BASES = ("builtin:smollm2-135m",)
 """Bases that need no hub; where each comes from stands in model/resolve.py."""
@@ -207,7 +212,8 @@ class TrainSection(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
-    """Seeds the adapter's initial weights, the held-out split, the order of rows and dropout."""
+    """Seeds the adapter's initial weights, the held-out split, the mixture and the copies of rows, their order and
+    dropout."""
 
 
 class EvalSection(Section):
@@ -259,6 +265,17 @@ SECTIONS: dict[str, type[Section]] = {
 }
 
 
+EXPECTED = {
+    "data.mix": "a list of sets such as {path: rows.jsonl, weight: 2}",
+    "data.mix[]": "a set such as {path: rows.jsonl, weight: 2}",
+    "data.columns": "settings such as {ours: yours}",
+    "data.max_lost_tokens": "a share such as 5%",
+    "augment.prompts": "a list of texts, each with {prompt} once",
+    "lora.targets": "all-linear, or a list of layer names such as [q_proj, v_proj]",
+    "output.name": "lower-case letters, digits and hyphens, at most 63",
+}
+"""What a setting takes, in words, where a type or pattern alone would not say it."""
+
 _HEADS = {"lm_head", "embed_tokens", "embed_out", "wte"}
 
 
@@ -268,7 +285,7 @@ def conflicts(recipe: Recipe) -> list[tuple[str, str]]:
     changes = [name for name in ("case", "typos", "punctuation", "prompts") if getattr(augment, name)]
     # A folder or a hub dataset may bring held-out files of its own.
     paths = [part.path for part in data.mix] or [data.path or ""]
-    may_hold_out = any(path.startswith("hub:") or not Path(path).suffix for path in paths)
+    may_hold_out = any(path.startswith("hub:") or not _names_file(path) for path in paths)
     held_out = data.eval_path is not None or data.eval_split > 0 or may_hold_out
     local = base.name.startswith(("builtin:", "./", "../", "/", "~")) or base.name.endswith(".gguf")
     targets = lora.targets if lora.targets != "all-linear" else ()
@@ -283,6 +300,9 @@ def conflicts(recipe: Recipe) -> list[tuple[str, str]]:
          "a set has weight and repeat; its share comes from one of them"),
         (data.revision is not None and not (data.path or "").startswith("hub:"), "data.revision",
          "only a hub dataset (data.path: hub:OWNER/NAME) has revisions"),
+        ((data.eval_path or "").startswith("hub:"), "data.eval_path",
+         f"{data.eval_path!r} is a hub dataset; held-out rows are a file or a folder on this machine, or the valid files "
+         "that a hub dataset in data.path brings"),
         (augment.copies > 0 and not changes, "augment.copies",
          "copies without a change would be exact copies; set case, typos, punctuation or prompts"),
         (augment.copies == 0 and bool(changes), "augment.copies",
@@ -302,3 +322,9 @@ def conflicts(recipe: Recipe) -> list[tuple[str, str]]:
          "dora on an int8 base is not supported; take quantization nf4 or none, or variant lora"),
     ]  # fmt: skip
     return [(field, message) for broken, field, message in rules if broken]
+
+
+def _names_file(path: str) -> bool:
+    """Return whether a path ends as a file of rows does; a folder may have a dot in its name too."""
+    name = path.lower()
+    return name.endswith((*DATA_SUFFIXES, *(suffix + packing for suffix in DATA_SUFFIXES for packing in DATA_PACKINGS)))

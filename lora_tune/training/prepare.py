@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from lora_tune.data.dataset import Splits, prepare_dataset
+from lora_tune.data.rendering import LossMaskError
 from lora_tune.data.tokens import end_of_turn_ids
 from lora_tune.errors import RecipeError
 from lora_tune.model.dense import BaseFiles, ready_base
@@ -83,15 +85,12 @@ def token_warnings(splits: Splits, tokenizer: Any) -> list[str]:
             f"{counts.answers_without_end} of {counts.answers} answers lost their end-of-turn to data.max_seq_tokens: "
             "they teach nothing about stopping"
         )
-    if tokenizer.pad_token_id in end_of_turn_ids(tokenizer):
-        warnings.append(
-            f"the padding token {tokenizer.pad_token} also ends a turn: it is trained here, where it ends an answer, and "
-            "ignored as padding; tools that mask it by its id would teach the model never to stop"
-        )
-    if counts.rows_refused:
-        warnings.append(
-            f"{counts.rows_refused} rows cannot be trained on for certain and are left out (data.max_bad_rows)"
-        )
+    with suppress(LossMaskError):  # a template that is never used for these rows may have no end of turn
+        if tokenizer.pad_token_id in end_of_turn_ids(tokenizer):
+            warnings.append(
+                f"the padding token {tokenizer.pad_token} also ends a turn: it is trained here, where it ends an answer, "
+                "and ignored as padding; tools that mask it by its id would teach the model never to stop"
+            )
     return warnings
 
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from lora_tune.data.dataset import prepare_dataset
-from lora_tune.data.lint import check_rows
+from lora_tune.data.verdict import check_rows
 from lora_tune.errors import LoraTuneError
 from lora_tune.recipe.schema import DataSection
 from tests.tiny import home_rows

@@ -82,12 +82,12 @@ REFUSES_SYSTEM = {"gemma"}
 GEMMA4 = {"diffusion_gemma", "gemma4", "gemma4_v3", "gemma4_v4", "gemma4_v5"}
 
 
-def with_template(name):
-    """Return the tiny tokenizer with a family's template and its control tokens."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = EVERY[name]
-    control = sorted(set(CONTROL.findall(EVERY[name])) - {"<think>", "</think>"})
-    tokenizer.add_special_tokens({"additional_special_tokens": control})
+def with_template(name, **takes_blanks):
+    """Return the tiny tokenizer with a family's template and its control tokens (`rstrip=True`: which take blanks)."""
+    (tokenizer := tiny_tokenizer()).chat_template = EVERY[name]
+    control = sorted({*CONTROL.findall(EVERY[name])} - {"<think>", "</think>"})
+    special = [AddedToken(token, special=True, normalized=False, **takes_blanks) for token in control]
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
     tokenizer.add_tokens([AddedToken("<think>", special=False), AddedToken("</think>", special=False)])
     return tokenizer
 

@@ -29,8 +29,12 @@ def test_both_ways_agree(templated, conversation):
     for train_on in ("assistant", "last_assistant", "all"):
         (quick,) = RowTokenizer(templated, train_on=train_on)([conversation])
         (searched,) = BySearch(templated, train_on=train_on)([conversation])
+        if isinstance(searched, Exception):
+            assert str(quick) == str(searched)
+            continue
         assert quick.ids == searched.ids
         assert quick.runs == searched.runs
+        assert quick.roles == searched.roles
 
 
 def test_most_rows_take_the_quick_way(templated, monkeypatch):
@@ -43,5 +47,5 @@ def test_most_rows_take_the_quick_way(templated, monkeypatch):
     rows = [Conversation(tuple(Message(**m) for m in row["messages"]), 2, "row:1") for row in home_rows(5)]
     tokenizer = RowTokenizer(templated, train_on="assistant")
     tokenizer(rows[:1])
-    monkeypatch.setattr(tokens, "answer_spans", never)
+    monkeypatch.setattr(tokens, "written_row", never)
     assert all(not isinstance(found, Exception) for found in tokenizer(rows))

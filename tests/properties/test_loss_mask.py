@@ -7,9 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_tune.data.messages import Conversation, Message, ToolCall
-from lora_tune.data.rendering import answer_spans, render
-from lora_tune.data.tokens import end_of_turn_ids, prompt_ids, tokenize, trained_text
-from tests.integration.test_real_templates import LAST_TURN_ONLY, TOOLS, WRITES_REASONING, WRITES_TOOLS, with_template
+from lora_tune.data.rendering import LossMaskError, answer_spans, render
+from lora_tune.data.tokens import RowTokenizer, end_of_turn_ids, prompt_ids, tokenize, trained_text
+from tests.integration.test_real_templates import (
+    ACCEPTED,
+    CASES,
+    LAST_TURN_ONLY,
+    REFUSED,
+    TOOLS,
+    WRITES_REASONING,
+    WRITES_TOOLS,
+    with_template,
+)
 from tests.tiny import TEMPLATES, tiny_tokenizer
 
 END = "<|im_end|>"
@@ -63,6 +72,22 @@ def without_blanks(text):
     return "".join(text.split())
 
 
+def tokenized(conversation, tokenizer):
+    """Return the row, or None where a prompt in use does not begin with the one before it and its answer."""
+    try:
+        return tokenize(conversation, tokenizer, train_on="assistant")
+    except LossMaskError as err:
+        assert "other tokens than its prompt" in err.message
+    text, spans = answer_spans(tokenizer, conversation, conversation.trained_messages("assistant"))
+    ids = []
+    for span in spans:
+        prompt = tokenizer(text[: span.start], add_special_tokens=False)["input_ids"]
+        if prompt[: len(ids)] != ids:
+            return None
+        ids = prompt + tokenizer(text[span.start : span.end], add_special_tokens=False)["input_ids"]
+    raise AssertionError("refused without a reason")
+
+
 @pytest.fixture(scope="module", params=TEMPLATES)
 def templated(request):
     tokenizer = tiny_tokenizer()
@@ -70,9 +95,10 @@ def templated(request):
     return tokenizer, request.param
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[*FAMILIES, "phi3 takes blanks", "phi3_5 takes blanks"])
 def family(request):
-    return with_template(request.param)
+    name, *takes_blanks = request.param.split(" ", 1)
+    return with_template(name, rstrip=bool(takes_blanks))
 
 
 @pytest.fixture(scope="module", params=sorted(WRITES_TOOLS))
@@ -94,7 +120,9 @@ def test_there_are_enough_families():
 @given(conversation=conversations())
 def test_exactly_the_assistants_words_and_end_of_turns_are_trained(templated, conversation):
     tokenizer, name = templated
-    row = tokenize(conversation, tokenizer, train_on="assistant")
+    row = tokenized(conversation, tokenizer)
+    if row is None:
+        return
     spoken = [m.content.strip() for m in conversation.messages if m.role == "assistant"]
     expected = "".join(f"{BEFORE.get(name, '')}{text}{END}" for text in spoken)
     found = trained_text(row, tokenizer)
@@ -119,10 +147,11 @@ def test_what_is_trained_follows_the_prompt_that_is_given_when_the_adapter_is_us
 def test_the_tokens_read_as_the_whole_text(templated, conversation):
     tokenizer, _ = templated
     text = render(tokenizer, conversation.messages)
-    for train_on in ("assistant", "completion", "all"):
+    for train_on in ("completion", "all"):
         row = tokenize(conversation, tokenizer, train_on=train_on)
         assert tokenizer.decode(row.input_ids) == text
-    assert all(row.trained)
+    assert not row.trained[0]
+    assert all(row.trained[1:])
     assert list(row.input_ids) == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -169,3 +198,31 @@ def test_reasoning_and_words_are_trained_after_the_prompt_of_use(reasoning_famil
     thought, said = found.index(without_blanks(last.reasoning)), found.rindex(without_blanks(last.content))
     assert thought + len(without_blanks(last.reasoning)) <= said
     assert "usr" not in found
+
+
+# Phi-3's control tokens take the blanks after them with them; nothing may change with any template if they do.
+TAKES_BLANKS = {"none": {}, "after": {"rstrip": True}}
+
+
+@pytest.mark.parametrize("takes_blanks", TAKES_BLANKS)
+@pytest.mark.parametrize(("name", "case"), [
+    (name, case) for name, case in ACCEPTED if name not in LAST_TURN_ONLY and case in ("system", "tools")
+])  # fmt: skip
+def test_every_answer_is_trained_after_the_very_prompt_of_its_use(name, case, takes_blanks):
+    tokenizer, conversation = with_template(name, **TAKES_BLANKS[takes_blanks]), CASES[case]
+    (found,) = RowTokenizer(tokenizer, train_on="assistant")([conversation])
+    indices = conversation.trained_messages("assistant")
+    if (name, takes_blanks) == ("llava_next", "after"):
+        # Its answers begin with a blank, which the token before it would take from all answers but the last.
+        assert isinstance(found, LossMaskError)
+        return
+    assert not isinstance(found, LossMaskError), found
+    assert len(found.runs) == len(indices)
+    for index, (start, _) in zip(indices, found.runs, strict=True):
+        assert found.ids[:start] == prompt_ids(tokenizer, conversation.messages[:index], tools=conversation.tools)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_asked_for_the_end_of_turn_of_a_template_that_cannot_be_trained_it_says_why(name):
+    with pytest.raises(LossMaskError):
+        end_of_turn_ids(with_template(name))

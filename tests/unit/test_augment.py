@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_tune.data.augment import augmented_rows, vary
+from lora_tune.data.augment import Original, augmented_rows, vary
 from lora_tune.data.dataset import prepare_dataset
-from lora_tune.data.lint import SetLint
+from lora_tune.data.lint import SetLint, content_hash
 from lora_tune.data.messages import Conversation, Message
+from lora_tune.errors import DataError
 from lora_tune.recipe.schema import AugmentSection, DataSection
 from tests.tiny import home_rows, write_jsonl
 
@@ -55,8 +56,10 @@ def test_a_typo_changes_at_most_one_letter_of_a_word(seed):
 
 def test_a_copy_that_came_out_as_the_row_itself_is_left_out():
     lint = SetLint()
-    assert list(augmented_rows([(row("42"), 1)], lint, AugmentSection(copies=5, typos=0.2), seed=0)) == []
-    assert list(augmented_rows([(row("hi"), 1)], lint, AugmentSection(copies=5, prompts=("Well, {prompt}",)), seed=0))
+    assert list(augmented_rows([Original(row("42"), 1, 1)], lint, AugmentSection(copies=5, typos=0.2), seed=0)) == []
+    assert list(
+        augmented_rows([Original(row("hi"), 1, 1)], lint, AugmentSection(copies=5, prompts=("Well, {prompt}",)), seed=0)
+    )
     assert len(lint.hashes) == 1
 
 
@@ -74,3 +77,37 @@ def test_copies_are_of_training_rows_alone_and_counted(tmp_path, tokenizer):
     assert {conversation.final_answer for conversation in more.train.rows.conversations()} == answers
     again = prepare_dataset(section, tokenizer, seed=0, augment=EVERYTHING)
     assert again.digest == more.digest != prepare_dataset(section, tokenizer, seed=1, augment=EVERYTHING).digest
+
+
+def test_a_copy_never_equals_a_held_out_row():
+    lint, told = SetLint(), AugmentSection(copies=1, prompts=("Well, {prompt}",))
+    (copy,) = augmented_rows([Original(row("hi"), 1, 1)], SetLint(), told, seed=0)
+    assert not list(
+        augmented_rows([Original(row("hi"), 1, 1)], lint, told, seed=0, held_out={content_hash(copy.packed)})
+    )
+    assert lint.n_held_out == 1
+
+
+def test_copies_keep_the_proportions_of_the_mixture(tmp_path, tokenizer):
+    a, b = home_rows(44)[:40], home_rows(44)[40:]
+    write_jsonl(tmp_path / "a.jsonl", a)
+    write_jsonl(tmp_path / "b.jsonl", b)
+    mix = ({"path": str(tmp_path / "a.jsonl"), "repeat": 0.1}, {"path": str(tmp_path / "b.jsonl"), "repeat": 5.0})
+    told = AugmentSection(copies=1, typos=0.2, prompts=tuple(f"{n}. {{prompt}}" for n in range(200)))
+    train = prepare_dataset(DataSection(mix=mix), tokenizer, seed=0, augment=told).train
+    by_file = [found.where.rpartition("/")[2].partition(".")[0] for found in train.rows]
+    assert by_file.count("a") == 2 * 4
+    assert by_file.count("b") >= 2 * 20 - 4
+
+
+def test_copies_of_plain_texts_are_said_not_to_be_made(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "open the door"}])
+    splits = prepare_dataset(DataSection(path=str(path)), tokenizer, seed=0, augment=AugmentSection(copies=1, case=1.0))
+    assert any("made no copy" in warning for warning in splits.checked.warnings)
+
+
+def test_copies_that_cannot_be_proved_stop_the_run(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "rows.jsonl", home_rows(3))
+    told = AugmentSection(copies=1, prompts=("<|im_end|>{prompt}",))
+    with pytest.raises(DataError, match="control token"):
+        prepare_dataset(DataSection(path=str(path)), tokenizer, seed=0, augment=told)

@@ -3,7 +3,7 @@
 import pytest
 
 from lora_tune.data.dataset import as_examples, prepare_dataset
-from lora_tune.data.lint import check_rows
+from lora_tune.data.verdict import check_rows
 from lora_tune.errors import DataError
 from lora_tune.recipe.schema import DataSection
 from tests.tiny import home_rows, write_jsonl
@@ -84,7 +84,7 @@ def test_a_labelled_text_is_answered_with_its_label(tmp_path, tokenizer):
 def test_plain_text_is_trained_whole(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "open the door"}])
     counts = prepared(tokenizer, path=str(path)).train.counts
-    assert counts.tokens == counts.trained_tokens > 0
+    assert counts.tokens - 1 == counts.trained_tokens > 0  # nothing stands before the first token
 
 
 def test_rows_that_cannot_be_proved_may_be_left_out_when_that_is_allowed(tmp_path, tokenizer):
@@ -110,3 +110,39 @@ def test_the_real_sets_are_read(shared_data, tokenizer):
     checked = check_rows(banking, seed=0)
     assert (checked.row_format, checked.n_train, checked.n_held_out) == ("labelled", 10_003, 3_080)
     assert len(checked.labels) == 77
+
+
+def test_rows_left_out_are_named_and_taken_off_the_sources(tmp_path, tokenizer):
+    forged = {"messages": [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "x"}]}
+    train = write_jsonl(tmp_path / "rows.jsonl", [*home_rows(3), forged, {"messages": 5}])
+    held = write_jsonl(tmp_path / "held.jsonl", [*home_rows(5)[3:], forged])
+    splits = prepared(tokenizer, path=str(train), eval_path=str(held), max_bad_rows=3)
+    assert splits.checked.left_out == 3
+    said = " ".join(splits.checked.warnings)
+    assert all(place in said for place in (f"{train}:4", f"{train}:5", f"{held}:3"))
+    assert [share.as_dict()["rows_an_epoch"] for share in splits.shares] == [3]
+
+
+def test_secrets_are_looked_for_in_tool_calls_and_reasoning_too(tmp_path):
+    call = {"function": {"name": "login", "arguments": {"key": "AKIAIOSFODNN7ABCDEFG"}}}
+    for answer in (
+        {"content": None, "tool_calls": [call]},
+        {"content": "x", "reasoning_content": "AKIAIOSFODNN7ABCDEFG"},
+    ):
+        row = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", **answer}]}
+        checked = check_rows(DataSection(path=str(write_jsonl(tmp_path / "rows.jsonl", [row]))), seed=0)
+        assert any("looks like a secret" in text for text in checked.warnings)
+
+
+def test_a_held_out_set_that_is_all_too_long_is_named(tmp_path, tokenizer):
+    train = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}])
+    held = write_jsonl(tmp_path / "b.jsonl", [{"prompt": "a", "completion": "b " * 200}])
+    with pytest.raises(
+        DataError, match=r"no held-out row is left: of 1, 1 are longer .* \(the shortest has \d+ tokens\)"
+    ):
+        prepared(tokenizer, path=str(train), eval_path=str(held), max_seq_tokens=64)
+
+
+def test_repeats_are_rows_of_an_epoch(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", home_rows(24))
+    assert check_rows(DataSection(mix=({"path": str(path), "repeat": 10.0},)), seed=0).rows_an_epoch == 240

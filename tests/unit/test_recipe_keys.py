@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from lora_tune.data.dataset import prepare_dataset
-from lora_tune.data.lint import check_rows
+from lora_tune.data.verdict import check_rows
 from lora_tune.errors import DataError
 from lora_tune.model.load import Device, place, read_template
 from lora_tune.model.resolve import locate

@@ -7,6 +7,7 @@ import pytest
 from lora_tune.errors import LoraTuneError, MissingInputError, RecipeError, UsageError
 from lora_tune.recipe.closed_yaml import parse
 from lora_tune.recipe.loader import dump_recipe, load_recipe, portable
+from lora_tune.recipe.schema import Recipe, conflicts
 
 GOOD = """\
 version: 1
@@ -209,3 +210,49 @@ def test_a_missing_recipe_says_where_recipes_are(tmp_path):
     with pytest.raises(MissingInputError) as caught:
         load_recipe(tmp_path / "no.yaml")
     assert "recipes ls" in caught.value.hint
+
+
+# (override, what the message says)
+EXPLAINED = [
+    ("data.mix=[{path: rows.jsonl}]", "data.path: one of data.path and data.mix says where the rows are; both are set; add `--set data.path=null`"),
+    ("data.mix=rows.jsonl", "data.mix: found 'rows.jsonl'; expected a list"),
+    ("data.mix=[rows.jsonl]", "data.mix[1]: found 'rows.jsonl'; expected a set such as {path: rows.jsonl, weight: 2}"),
+    ("data.mix=[{path: rows.jsonl, format: chta}]", "data.mix[1].format: found 'chta'; input should be"),
+    ("data.mix=[{path: rows.jsonl, format: chta}]", "did you mean `chat`?"),
+    ("data.mix=[{path: rows.jsonl, repeat: often}]", "data.mix[1].repeat: found 'often'; input should be a valid number"),
+    ("data.columns=[a]", "data.columns: found ['a']; expected settings such as {ours: yours}"),
+    ("augment.prompts=['no']", "augment.prompts: found 'no'; expected a list of texts, each with {prompt} once"),
+    ("augment.prompts=Please {prompt}", "augment.prompts: found 'Please {prompt}'; expected a list of texts, each with {prompt} once"),
+    ("data.max_lost_tokens=5", "data.max_lost_tokens: found 5; expected a share such as 5%"),
+    ("data.max_lost_tokens=5.0.1%", "data.max_lost_tokens: found '5.0.1%'; expected a share such as 5%"),
+    ("output.name=My Home", "output.name: found 'My Home'; expected lower-case letters, digits and hyphens"),
+    ("lora.targets=[q proj]", "lora.targets: found ['q proj']; expected all-linear, or a list of layer names"),
+    ("lora.targets=[]", "lora.targets: found []; expected all-linear, or a list of layer names"),
+    ("data.eval_path=hub:a/b", "data.eval_path: 'hub:a/b' is a hub dataset; held-out rows are a file or a folder"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("override", "said"), EXPLAINED)
+def test_a_mistake_is_explained_in_words_that_say_what_is_expected(folder, override, said):
+    text = GOOD.replace(", eval_split: 0.1", "").replace("every_steps: 10, generate: 32", "generate: 0")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(_write(folder, text), [override])
+    assert said in caught.value.message, caught.value.message
+    for jargon in ("tuple", "pattern", "MixedSet", "valid string", "dictionary"):
+        assert jargon not in caught.value.message
+
+
+def test_a_path_set_beside_a_mixture_is_told_how_to_replace_it(folder):
+    text = GOOD.replace("path: rows.jsonl", "mix: [{path: rows.jsonl}]")
+    with pytest.raises(RecipeError, match=r"add `--set data\.mix=\[\]`"):
+        load_recipe(_write(folder, text), ["data.path=rows.jsonl"])
+    assert load_recipe(_write(folder, text), ["data.path=rows.jsonl", "data.mix=[]"]).recipe.data.mix == ()
+
+
+@pytest.mark.parametrize(("name", "is_file"), [
+    ("set.v1", False), ("v1.2", False), ("plain", False), ("hub:a/b.jsonl", False), ("rows.jsonl", True), ("rows.CSV", True),
+    ("rows.csv.gz", True), ("rows.parquet", True), ("set.v1.gz", False),
+])  # fmt: skip
+def test_only_a_file_is_known_to_bring_no_held_out_rows_of_its_own(name, is_file):
+    recipe = Recipe.model_validate({"base": {"name": "b"}, "data": {"path": name}, "eval": {"every_steps": 1}})
+    assert [field for field, _ in conflicts(recipe)] == (["eval.every_steps"] if is_file else [])

@@ -15,6 +15,7 @@ from lora_tune.cli import ledger, render
 from lora_tune.cli.app import main
 from lora_tune.cli.visible import pieces, visible, visible_lines
 from lora_tune.data.length import SetCounts
+from lora_tune.errors import DataError
 
 CLEAN = {field.name: 0 for field in fields(SetCounts)} | {
     "rows_read": 1200, "rows": 1200, "tokens": 50_000, "trained_tokens": 12_500, "answers": 1300, "longest_tokens": 99
@@ -248,3 +249,44 @@ def test_preview_marks_trained_tokens_and_lets_no_escape_through(capsys, monkeyp
 def test_a_written_page_is_named(capsys):
     render.checked({**_found(), "page": "out/lint.html"}, as_json=False)
     assert "  page    out/lint.html\n" in capsys.readouterr().out
+
+
+HOSTILE = "rows.jsonl:1: column \x1b[31mevil\x07\u202e\nsecond line"
+
+
+def test_messages_keep_their_lines_and_nothing_in_them_acts_on_the_terminal(capsys):
+    render.note(HOSTILE)
+    render.error(DataError(HOSTILE, hint=HOSTILE), as_json=False)
+    render.Progress().note(HOSTILE)
+    said = capsys.readouterr().err
+    assert _acts(said.replace("\n", "")) == []
+    assert said.count("column ␛[31mevil␇⟨U+202E⟩\nsecond line\n") == 4
+
+
+def test_what_stays_beside_a_drawn_bar_does_not_act_on_the_terminal_either():
+    from rich.console import Console
+
+    class Bars:
+        console = Console(file=io.StringIO(), color_system=None)
+
+        def update(self, task, *, description, completed):
+            self.console.print(description, markup=False)
+
+    progress = render.Progress()
+    progress._bars = Bars()
+    progress.note(HOSTILE)
+    progress(HOSTILE, 0.5)
+    said = Bars.console.file.getvalue()
+    assert "evil" in said
+    assert _acts(said.replace("\n", "")) == []
+
+
+def test_an_evaluation_says_its_warnings_and_its_sources(capsys):
+    figures = {"loss": 1.0, "perplexity": 2.7, "token_accuracy": 0.5, "exact_match": None, "n_answers": 0}
+    found = {
+        "data": "a.jsonl, \x1b[31mb.jsonl", "counts": CLEAN, "warnings": ["mind the gap"], "adapter": figures, "answers": []
+    }  # fmt: skip
+    render.evaluation(found, as_json=False)
+    said = capsys.readouterr()
+    assert said.out.startswith("a.jsonl, ␛[31mb.jsonl: 1,200 of 1,200 rows")
+    assert said.err == "warning: mind the gap\n"

@@ -12,7 +12,7 @@ from lora_tune.data.messages import Conversation, Message, PlainText, ToolCall, 
 from lora_tune.data.sources import find_sources
 from lora_tune.data.store import tokenized_source
 from lora_tune.data.tokens import tokenize
-from lora_tune.recipe.schema import DataSection
+from lora_tune.recipe.schema import AugmentSection, DataSection
 from tests.tiny import TEMPLATES, home_rows, tiny_tokenizer, write_jsonl
 
 
@@ -60,6 +60,28 @@ def test_the_reason_of_each_miss_is_named(tmp_path, rows):
     assert reasons(moved) == "kept from before"
     write_jsonl(moved, home_rows(29))
     assert reasons(moved) == "first time"
+    write_jsonl(moved, home_rows(28))
+    assert reasons(moved) == "data changed"
+
+
+def test_the_same_bytes_as_another_kind_of_file_are_other_rows(tmp_path):
+    (tmp_path / "rows.tsv").write_text("text\nhello\tworld\nbye\n")
+    prepare_dataset(DataSection(path=str(tmp_path / "rows.tsv"), max_bad_rows=5), tiny_tokenizer(), seed=0)
+    (tmp_path / "rows.tsv").rename(tmp_path / "rows.csv")
+    splits = prepare_dataset(DataSection(path=str(tmp_path / "rows.csv")), tiny_tokenizer(), seed=0)
+    assert (splits.checked.n_train, splits.checked.left_out) == (2, 0)
+
+
+def test_copies_know_where_their_rows_stand_when_files_are_joined(tmp_path):
+    rows, told = home_rows(6), AugmentSection(copies=1, prompts=("Well, {prompt}",))
+    write_jsonl(tmp_path / "two" / "train-a.jsonl", rows[:3])
+    write_jsonl(tmp_path / "two" / "train-b.jsonl", rows[3:])
+    write_jsonl(tmp_path / "one" / "train.jsonl", rows)
+    for folder, files in (("two", {"train-a.jsonl", "train-b.jsonl"}), ("one", {"train.jsonl"})):
+        section = DataSection(path=str(tmp_path / folder))
+        train = prepare_dataset(section, tiny_tokenizer(), seed=0, augment=told).train
+        assert {row.where.rpartition("/")[2].partition(":")[0] for row in train.rows} == files
+        assert len(list(train.rows)) == len(train.rows) == 12
 
 
 def test_a_changed_masking_code_makes_tokens_again(rows, monkeypatch):
@@ -71,9 +93,40 @@ def test_a_changed_masking_code_makes_tokens_again(rows, monkeypatch):
 def test_kept_tokens_that_are_damaged_are_made_again(rows, tmp_path):
     assert reasons(rows) == "first time"
     (arrow,) = tmp_path.glob("cache/tokens/*/rows.arrow")
-    arrow.write_bytes(arrow.read_bytes()[:100])
-    assert reasons(rows) != "kept from before"
+    good = arrow.read_bytes()
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1
+    for damaged in (good[:100], bytes(flipped)):
+        arrow.write_bytes(damaged)
+        assert reasons(rows) == "what was kept is damaged"
+        assert arrow.read_bytes() == good
+    facts = arrow.with_name("facts.json")
+    facts.write_text(facts.read_text().replace('"rows_read": 30', '"rows_read": 31'))
+    assert reasons(rows) == "what was kept is damaged"
     assert reasons(rows) == "kept from before"
+
+
+def test_what_a_killed_process_left_is_removed_a_day_later(rows, tmp_path):
+    left = tmp_path / "cache" / "tokens" / ".abc-123"
+    left.mkdir(parents=True)
+    reasons(rows)
+    assert left.exists()
+    os.utime(left, (0, 0))
+    reasons(rows, train_on="all")
+    assert not left.exists()
+
+
+def test_long_rows_are_tokenized_few_at_a_time(tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(store, "CHUNK_CHARS", 1000)
+    drafted = store.RowTokenizer.draft
+    monkeypatch.setattr(store.RowTokenizer, "draft", lambda self, rows: sizes.append(len(rows)) or drafted(self, rows))
+    long = [{"prompt": "x", "completion": "y " * n} for n in (600, 10, 10, 600, 10)]
+    train = prepare_dataset(
+        DataSection(path=str(write_jsonl(tmp_path / "l.jsonl", long)), max_seq_tokens=4096), tiny_tokenizer(), seed=0
+    ).train
+    assert [size for size in sizes if size] == [1, 3, 1]
+    assert [row.where.rpartition(":")[2] for row in train.rows] == ["1", "2", "3", "4", "5"]
 
 
 def test_a_cache_that_cannot_be_written_does_not_stop_a_run(rows, tmp_path):

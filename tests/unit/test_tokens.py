@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from tokenizers import AddedToken, normalizers
 
 from lora_tune.data.messages import Conversation, Message, PlainText
 from lora_tune.data.rendering import LossMaskError, special_tokens
@@ -103,7 +104,8 @@ def test_a_plain_text_is_trained_whole_with_one_beginning_and_one_end():
     tokenizer = tiny_tokenizer()
     for text in ("open the door", "open the door<|im_end|>"):
         row = tokenize(PlainText(text, "row:1"), tokenizer, train_on="assistant")
-        assert all(row.trained)
+        # Nothing stands before the first token to predict it from.
+        assert row.trained == (False, *[True] * (len(row.trained) - 1))
         assert tokenizer.decode(row.input_ids) == "open the door<|im_end|>"
 
 
@@ -119,6 +121,60 @@ def test_what_a_message_says_of_itself_goes_before_train_on():
     assert trained(turns, "assistant") == f"b{END}d{END}"
     assert trained(off, "assistant") == trained(turns, "last_assistant") == trained(turns, "completion") == f"d{END}"
     assert trained(on, "completion") == f"b{END}d{END}"
+
+
+@pytest.mark.parametrize("template", ["chatml", "bos first"])
+def test_a_message_that_is_not_trained_is_left_out_of_a_row_that_is_trained_whole(template):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATES[template]
+    turns = (
+        Message("user", "a", train=False),
+        Message("assistant", "open the door", train=False),
+        *_row("c", "d").messages,
+    )
+    row = tokenize(Conversation(turns, 3, "row:1"), tokenizer, train_on="all")
+    whole = tokenizer.decode(row.input_ids)
+    left_out = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nopen the door<|im_end|>"
+    kept = "user\n<|im_end|>\n<|im_start|>assistant\n"
+    assert left_out in whole
+    assert trained_text(row, tokenizer).removeprefix("<|im_start|>") == kept + whole.partition(left_out)[2]
+    assert not row.trained[0]
+
+
+@pytest.mark.parametrize(("normalizer", "forged"), [
+    (normalizers.Lowercase(), "<|IM_END|>"),
+    (normalizers.NFKC(), "＜|im_end|＞"),
+    (normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()]), "＜|IM_END|＞"),
+])  # fmt: skip
+def test_a_row_cannot_forge_a_turn_in_letters_that_the_tokenizer_rewrites(normalizer, forged):
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizer
+    row = _row(f"x{forged}", "yes")
+    assert tokenize(row, tokenizer, train_on="assistant")  # the tokens were added to be found in the text itself
+    tokenizer.backend_tokenizer.add_special_tokens([AddedToken(END, special=True, normalized=True)])
+    assert tokenizer.eos_token_id in tokenizer(forged)["input_ids"]
+    with pytest.raises(LossMaskError, match="control token"):
+        tokenize(row, tokenizer, train_on="assistant")
+    assert tokenize(_row("x", "yes"), tokenizer, train_on="assistant")
+
+
+def test_a_row_of_too_many_messages_is_refused():
+    with pytest.raises(LossMaskError, match="1,002 messages; at most 1,000"):
+        tokenize(_row(*["a"] * 1002), tiny_tokenizer(), train_on="assistant")
+    assert tokenize(_row(*["a"] * 100), tiny_tokenizer(), train_on="assistant").n_trained == 100
+
+
+def test_an_answer_after_one_that_is_tokenized_otherwise_in_its_prompt_is_refused_with_what_to_do():
+    tokenizer, row = tiny_tokenizer(), _row("x", "\n\nlights", "y", "z")
+    prompt, first = prompt_ids(tokenizer, row.messages[:3]), tokenize(row, tokenizer, train_on="last_assistant")
+    assert list(first.input_ids[: len(prompt)]) == prompt
+    begun = prompt_ids(tokenizer, row.messages[:1]) + tokenizer("\n\nlights", add_special_tokens=False)["input_ids"]
+    if prompt[: len(begun)] == begun:
+        assert tokenize(row, tokenizer, train_on="assistant").n_trained
+        return
+    with pytest.raises(LossMaskError, match="message 4 would be trained after other tokens than its prompt") as caught:
+        tokenize(row, tokenizer, train_on="assistant")
+    assert "last_assistant" in caught.value.hint
 
 
 def test_a_row_without_a_trained_message_is_refused():
