@@ -1,16 +1,17 @@
 """An untrusted folder → a checked, immutable AdapterFiles. Every verb that reads an adapter comes through here.
 
 Nothing of the folder is executed or believed: its config is read by our own closed schema, its tensors' names, shapes
-and values are checked, and the PEFT config is later built from what was checked here.
+and values are checked, and the PEFT config is later built from what was checked here. Only the config, the weights and
+the passport are opened; tokenizers, templates and whatever else lies beside them never are.
 """
 
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import stat
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, BinaryIO, Literal
 from pydantic import ValidationError
 
 from lora_tune.adapter.manifest import FILE_NAME, AdapterManifest, first_problem, has_control, read_manifest
+from lora_tune.adapter.safetensors_header import NAME, read_checked_header, refuse_bomb, scan_tensors, strict_json
 from lora_tune.errors import AdapterError, AdapterMismatchError, MissingInputError
 from lora_tune.model.fingerprint import TensorInfo
 from lora_tune.recipe.schema import Recipe
@@ -26,20 +28,42 @@ from lora_tune.recipe.schema import Recipe
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 MAX_RANK = 1024
+MAX_ALPHA = 65_536
 MAX_WEIGHTS_BYTES = 8 * 1024**3
 _MAX_CONFIG_BYTES = 64 * 1024
-_MAX_MANIFEST_BYTES = 8 * 1024 * 1024
-_MAX_HEADER_BYTES = 4 * 1024 * 1024
-_MAX_TENSORS = 20_000
+_MAX_MANIFEST_BYTES = 1024 * 1024
 _MAX_TARGETS = 256
-_MAX_NAME_CHARS = 256
-_CHUNK_BYTES = 16 * 1024 * 1024
-_NAME = re.compile(r"[A-Za-z0-9_.]+")
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_PREFIX = "base_model.model."
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
-_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_RESERVED = re.compile(r"lora_.*|base_layer|modules_to_save|original_module")
+"""Words that PEFT puts into names itself; in a layer's own name they could lead to another adapter's weights."""
 _OFF: tuple[object, ...] = (None, False, {}, [], "")
+_READ = {"peft_type", "bias", "r", "lora_alpha", "target_modules", "use_rslora", "use_dora"}
 _HARMLESS = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "task_type", "megatron_core",
-             "qalora_group_size", "init_lora_weights", "lora_dropout", "fan_in_fan_out", "auto_mapping", "parent_library"}  # fmt: skip
+             "qalora_group_size", "init_lora_weights", "lora_dropout", "fan_in_fan_out", "auto_mapping", "parent_library",
+             "eva_config", "runtime_config"}  # fmt: skip
+"""They say how it was trained or where, or are read from the base instead: with any value, the numbers stay the same."""
+_INITIALIZED = (True, False, "gaussian", "eva", "orthogonal", "mica")
+"""Ways to begin that leave the base's weights as they are; PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ change them."""
+_REASONS = {
+    "modules_to_save": "it brings whole layers, which would take the place of the base's",
+    "rank_pattern": "its layers differ in rank, and one rank for all is loaded",
+    "alpha_pattern": "its layers differ in alpha, and one alpha for all is loaded",
+    "exclude_modules": "it leaves out some of the layers that target_modules names",
+    "layers_to_transform": "it leaves out some of the layers that target_modules names",
+    "layers_pattern": "it leaves out some of the layers that target_modules names",
+    "layer_replication": "it repeats layers of the base",
+    "target_parameters": "it changes parameters that are no linear layers",
+    "trainable_token_indices": "it changes rows of the base's embedding",
+    "lora_bias": "it adds biases",
+    "alora_invocation_tokens": "it acts only after certain tokens",
+    "ensure_weight_tying": "it ties the base's layers in another way",
+}
+_HINT = (
+    "only plain LoRA, rsLoRA and DoRA adapters are loaded; merge this one where it was made "
+    "(PEFT's merge_and_unload) and use the result as the base"
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +77,11 @@ class AdapterShape:
     """Names of the adapted layers, sorted."""
     modules: tuple[str, ...]
     """Full paths of the adapted layers, sorted."""
+
+    @property
+    def scaling(self) -> float:
+        """The factor in front of B·A, the same in every layer."""
+        return self.alpha / math.sqrt(self.rank) if self.variant == "rslora" else self.alpha / self.rank
 
 
 @dataclass(frozen=True)
@@ -77,15 +106,16 @@ def open_adapter(folder: Path) -> AdapterFiles:
     Raises:
         MissingInputError: there is no adapter (exit 66).
         AdapterError: the folder is not what an adapter's folder must be (exit 77).
+        AdapterMismatchError: its files are not those that its passport speaks of (exit 77).
     """
-    if not folder.is_dir():
-        raise MissingInputError(
-            f"no adapter folder at {folder}", hint="`lora-tune adapters list` shows the registry", where=str(folder)
-        )
     try:
+        if not folder.is_dir():
+            raise MissingInputError(
+                f"no adapter folder at {folder}", hint="`lora-tune adapters list` shows the registry", where=str(folder)
+            )
         files = _read_folder(folder)
     except OSError as err:
-        raise MissingInputError(f"{folder} cannot be read: {err.strerror}", where=str(folder)) from err
+        raise MissingInputError(f"{folder} cannot be read: {err.strerror or err}", where=str(folder)) from err
     _check_passport(files)
     return files
 
@@ -95,10 +125,14 @@ def read_weights(files: AdapterFiles) -> bytes:
 
     Raises:
         AdapterMismatchError: the file was changed since (exit 77).
+        MissingInputError: it is gone, or cannot be read any more (exit 66).
     """
     path = files.folder / WEIGHTS
-    with _open_regular(path, cap=MAX_WEIGHTS_BYTES) as stream:
-        content = stream.read(files.weights_bytes + 1)
+    try:
+        with _open_regular(path, cap=MAX_WEIGHTS_BYTES) as stream:
+            content = stream.read(files.weights_bytes + 1)
+    except OSError as err:
+        raise MissingInputError(f"{path} cannot be read: {err.strerror or err}", where=str(path)) from err
     if hashlib.sha256(content).hexdigest() != files.weights_digest:
         raise AdapterMismatchError(
             f"{path} was changed after it was checked", hint="run the command again", where=str(path)
@@ -110,19 +144,14 @@ def _read_folder(folder: Path) -> AdapterFiles:
     path = folder / WEIGHTS
     with _open_regular(path, cap=MAX_WEIGHTS_BYTES) as stream:
         size = os.fstat(stream.fileno()).st_size
-        header, tensors = _read_header(stream, size, path)
+        header, tensors = read_checked_header(stream, size, path)
         config_bytes = _read_capped(folder / CONFIG, cap=_MAX_CONFIG_BYTES)
         config = _read_config(config_bytes, folder / CONFIG)
         shape = _shape(config, tensors, folder / CONFIG)
         # Hashed and checked in one pass over one open file, so that both speak of the same bytes.
-        weights_digest = _scan(stream, header, tensors, path)
-    manifest = None
-    passport = folder / FILE_NAME
-    if passport.exists() or passport.is_symlink():
-        text = _decoded(_read_capped(passport, cap=_MAX_MANIFEST_BYTES), passport)
-        manifest = _with_checked_recipe(read_manifest(text, where=str(passport)), passport)
+        weights_digest = scan_tensors(stream, header, tensors, path)
     return AdapterFiles(
-        folder, shape, tensors, manifest, config["base_model_name_or_path"],
+        folder, shape, tensors, _read_passport(folder / FILE_NAME), config["base_model_name_or_path"],
         weights_digest, hashlib.sha256(config_bytes).hexdigest(), size,
     )  # fmt: skip
 
@@ -133,10 +162,11 @@ def _open_regular(path: Path, *, cap: int) -> BinaryIO:
         # Without O_NONBLOCK, opening a pipe waits for its writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as err:
-        if path.name == WEIGHTS and list(path.parent.glob("*.bin")):
+        pickled = sorted({other.suffix for other in path.parent.glob("*")} & set(_PICKLES))
+        if path.name == WEIGHTS and pickled:
             raise AdapterError(
-                f"{path.parent} holds a pickle (.bin) and no {WEIGHTS}; pickles can run code and are not opened",
-                hint="ask its author for safetensors",
+                f"{path.parent} holds a pickle ({pickled[0]}) and no {WEIGHTS}; pickles can run code and are not opened",
+                hint="ask its author for safetensors; PEFT's save_pretrained writes them where the adapter was made",
             ) from err
         raise MissingInputError(
             f"{path.parent} is not an adapter: it has no {path.name}",
@@ -163,71 +193,7 @@ def _not_regular(path: Path) -> AdapterError:
 
 def _read_capped(path: Path, *, cap: int) -> bytes:
     with _open_regular(path, cap=cap) as stream:
-        return stream.read(cap)
-
-
-def _decoded(content: bytes, path: Path) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as err:
-        raise AdapterError(f"{path} is not UTF-8 text (byte {err.start})", where=str(path)) from err
-
-
-def _read_header(stream: BinaryIO, size: int, path: Path) -> tuple[bytes, dict[str, TensorInfo]]:
-    """Return the header's bytes, its length in front, and the tensors that it names, in order."""
-    try:
-        prefix = stream.read(8)
-        (length,) = struct.unpack("<Q", prefix)
-        if length > min(_MAX_HEADER_BYTES, size - 8):
-            raise AdapterError(f"{path}: its header claims {length} bytes", where=str(path))
-        content = stream.read(length)
-        header = json.loads(content.decode("utf-8"), object_pairs_hook=_no_duplicates)
-        header.pop("__metadata__", None)
-        if len(header) > _MAX_TENSORS:
-            raise AdapterError(f"{path}: {len(header)} tensors; at most {_MAX_TENSORS} are read", where=str(path))
-        tensors = {name: _tensor(name, info, 8 + length) for name, info in header.items()}
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
-        raise AdapterError(
-            f"{path} is not a safetensors file: {str(err)[:200]}", hint="fetch or export it again", where=str(path)
-        ) from err
-    end = 8 + length
-    tensors = dict(sorted(tensors.items(), key=lambda item: item[1].start))
-    for name, info in tensors.items():
-        if info.start != end:
-            raise AdapterError(f"{path}: {name} does not begin where the tensor before it ends", where=str(path))
-        end = info.end
-    if end != size:
-        raise AdapterError(
-            f"{path} has {size} bytes, but its header describes {end}", hint="fetch or export it again", where=str(path)
-        )
-    return prefix + content, tensors
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        raise ValueError("a name is written twice in its header")
-    return values
-
-
-def _tensor(name: str, info: Mapping[str, Any], offset: int) -> TensorInfo:
-    if len(name) > _MAX_NAME_CHARS or not _NAME.fullmatch(name):
-        raise ValueError(f"tensor name {name[:80]!a} is no layer's")
-    dtype, shape = info["dtype"], info["shape"]
-    start, end = info["data_offsets"]
-    # Before anything is multiplied: a LoRA tensor is a matrix or a vector.
-    if not isinstance(shape, list) or len(shape) > 2:
-        raise ValueError(f"{name}: its shape is no list of at most 2 sizes")
-    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**48 for n in (*shape, start, end)):
-        raise ValueError(f"{name}: shape and offsets must be plain sizes")
-    if dtype not in _BYTES:
-        raise ValueError(f"{name} is {_shown(dtype)}; known: {', '.join(_BYTES)}")
-    count = 1
-    for n in shape:
-        count *= n
-    if end - start != count * _BYTES[dtype] or count == 0:
-        raise ValueError(f"{name}: {end - start} bytes do not hold shape {shape}")
-    return TensorInfo(dtype, tuple(shape), offset + start, offset + end)
+        return stream.read(min(cap, os.fstat(stream.fileno()).st_size))
 
 
 def _shown(value: object) -> str:
@@ -237,29 +203,25 @@ def _shown(value: object) -> str:
 
 def _read_config(content: bytes, path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(_decoded(content, path), object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as err:
-        raise AdapterError(f"{path} is not JSON: {err}", where=str(path)) from err
+        config = strict_json(content)
+    except ValueError as err:
+        raise AdapterError(f"{path} is no config of an adapter: {err}", where=str(path)) from err
     if not isinstance(config, dict):
         raise AdapterError(f"{path} holds no object", where=str(path))
 
-    def refuse(key: str, expected: str) -> AdapterError:
-        return AdapterError(
-            f"{path}: {ascii(key[:60])[1:-1]} is {_shown(config.get(key))}; {expected}",
-            hint="only plain LoRA, rsLoRA and DoRA adapters are loaded",
-            where=str(path),
-        )
+    def refuse(key: str, reason: str) -> AdapterError:
+        shown = f"{ascii(key[:60])[1:-1]} is {_shown(config.get(key))}"
+        return AdapterError(f"{path}: {shown}; {reason}", hint=_HINT, where=str(path))
 
     if config.get("peft_type") != "LORA":
         raise refuse("peft_type", "expected 'LORA'")
     if config.get("bias", "none") != "none":
-        raise refuse("bias", "expected 'none'")
-    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        raise refuse("bias", "it changes the base's biases; expected 'none'")
+    if config.get("init_lora_weights", True) not in _INITIALIZED:
         raise refuse("init_lora_weights", "such an adapter changes the base's own weights")
-    known = {"peft_type", "bias", "r", "lora_alpha", "target_modules", "use_rslora", "use_dora", *_HARMLESS}
-    for key in sorted(set(config) - known):
+    for key in sorted(set(config) - _READ - _HARMLESS):
         if config[key] not in _OFF:
-            raise refuse(key, "this setting is not supported")
+            raise refuse(key, _REASONS.get(key, "this setting is not supported: it may change what is computed"))
     base_name = config.get("base_model_name_or_path") or ""
     if not isinstance(base_name, str) or len(base_name) > 512 or has_control(base_name):
         raise refuse("base_model_name_or_path", "expected a name of at most 512 characters, without control characters")
@@ -267,32 +229,34 @@ def _read_config(content: bytes, path: Path) -> dict[str, Any]:
 
 
 def _shape(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], path: Path) -> AdapterShape:
+    def refuse(problem: str, *, hint: str = "") -> AdapterError:
+        return AdapterError(f"{path}: {problem}", hint=hint, where=str(path))
+
     rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
-        raise AdapterError(
-            f"{path}: r is {_shown(rank)}; expected a whole number from 1 to {MAX_RANK}", where=str(path)
-        )
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= 65_536:
-        raise AdapterError(
-            f"{path}: lora_alpha is {_shown(alpha)}; expected a number above 0, at most 65536", where=str(path)
-        )
-    if not isinstance(targets, list) or not all(isinstance(t, str) and _NAME.fullmatch(t) for t in targets):
-        raise AdapterError(
-            f"{path}: target_modules must be a list of plain layer names, not a pattern", where=str(path)
-        )
+    if type(rank) is not int or not 1 <= rank <= MAX_RANK:
+        raise refuse(f"r is {_shown(rank)}; expected a whole number from 1 to {MAX_RANK}")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= MAX_ALPHA:
+        raise refuse(f"lora_alpha is {_shown(alpha)}; expected a number above 0, at most {MAX_ALPHA}")
+    if not isinstance(targets, list) or not all(isinstance(t, str) and NAME.fullmatch(t) for t in targets):
+        raise refuse("target_modules must be a list of plain layer names, not a pattern", hint=_names_hint(tensors))
     if not 1 <= len(targets) <= _MAX_TARGETS:
-        raise AdapterError(
-            f"{path}: target_modules has {len(targets)} names; expected 1 to {_MAX_TARGETS}", where=str(path)
-        )
+        raise refuse(f"target_modules has {len(targets)} names; expected 1 to {_MAX_TARGETS}")
     for flag in ("use_rslora", "use_dora"):
         if type(config.get(flag, False)) is not bool:
-            raise AdapterError(f"{path}: {flag} must be true or false", where=str(path))
+            raise refuse(f"{flag} must be true or false")
     if config.get("use_dora") and config.get("use_rslora"):
-        raise AdapterError(f"{path}: use_dora and use_rslora together are not supported", where=str(path))
+        raise refuse("use_dora and use_rslora together are not supported", hint=_HINT)
     variant: Literal["lora", "rslora", "dora"] = (
         "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
     )
-    return AdapterShape(rank, float(alpha), variant, tuple(sorted(targets)), _modules(tensors, rank, variant, targets))
+    modules = _modules(tensors, rank, variant, targets)
+    return AdapterShape(rank, float(alpha), variant, tuple(sorted(set(targets))), modules)
+
+
+def _names_hint(tensors: Mapping[str, TensorInfo]) -> str:
+    """Return how the targets would be written, from the layers that the tensors name."""
+    found = [match["module"].rpartition(".")[2] for match in map(_KEY.fullmatch, tensors) if match]
+    return f"write the names themselves: {json.dumps(sorted(set(found))[:16])}" if found else _HINT
 
 
 def _modules(tensors: Mapping[str, TensorInfo], rank: int, variant: str, targets: list[str]) -> tuple[str, ...]:
@@ -301,9 +265,14 @@ def _modules(tensors: Mapping[str, TensorInfo], rank: int, variant: str, targets
     parts: dict[str, dict[str, TensorInfo]] = {}
     for name, info in tensors.items():
         match = _KEY.fullmatch(name)
-        if match is None:
-            raise AdapterError(f"tensor {name!r} belongs to no LoRA layer; it could overwrite weights of the base")
+        if match is None or any(map(_RESERVED.fullmatch, match["module"].split("."))):
+            raise AdapterError(
+                f"tensor {name!r} belongs to no LoRA layer; it could overwrite weights of the base",
+                hint=f"names are {_PREFIX}LAYER.lora_A.weight and .lora_B.weight; export it again with PEFT's save_pretrained",
+            )
         parts.setdefault(match["module"], {})[match["part"]] = info
+    if not parts:
+        raise AdapterError("the weights hold no tensor", hint="fetch or export them again")
     expected = {"lora_A.weight", "lora_B.weight"} | ({"lora_magnitude_vector"} if variant == "dora" else set())
     for module, found in parts.items():
         if set(found) != expected:
@@ -314,42 +283,24 @@ def _modules(tensors: Mapping[str, TensorInfo], rank: int, variant: str, targets
         a, b = found["lora_A.weight"].shape, found["lora_B.weight"].shape
         if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
             raise AdapterError(
-                f"{module}: A is {a} and B is {b}; expected rank {rank} as A [rank, in] and B [out, rank]"
+                f"{module}: A is {a} and B is {b}; expected rank {rank} as A [rank, in] and B [out, rank]", hint=_HINT
             )
         if variant == "dora" and found["lora_magnitude_vector"].shape != (b[0],):
             raise AdapterError(f"{module}: the magnitude is {found['lora_magnitude_vector'].shape}; expected ({b[0]},)")
-    if not parts:
-        raise AdapterError("the weights hold no tensor")
     return tuple(sorted(parts))
 
 
-def _scan(stream: BinaryIO, header: bytes, tensors: Mapping[str, TensorInfo], path: Path) -> str:
-    """Read the tensors, which follow each other, and return the file's sha256.
-
-    NaN and infinity are refused: in IEEE 754 both have an exponent of all ones.
-    """
-    import numpy as np
-
-    masks = {"F32": (np.uint32, 0x7F800000), "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80)}
-    digest = hashlib.sha256(header)
-    for name, info in tensors.items():
-        kind, exponent = masks[info.dtype]
-        for start in range(info.start, info.end, _CHUNK_BYTES):
-            chunk = stream.read(min(_CHUNK_BYTES, info.end - start))
-            if len(chunk) != min(_CHUNK_BYTES, info.end - start):
-                raise AdapterError(f"{path} ends within {name}", hint="fetch or export it again", where=str(path))
-            digest.update(chunk)
-            if bool(np.any((np.frombuffer(chunk, dtype=kind) & kind(exponent)) == exponent)):
-                raise AdapterError(
-                    f"{path}: {name} holds NaN or infinity",
-                    hint="this adapter is broken; train it again",
-                    where=str(path),
-                )
-    return digest.hexdigest()
-
-
-def _with_checked_recipe(manifest: AdapterManifest, path: Path) -> AdapterManifest:
-    """Return the passport with its recipe checked and every default filled in."""
+def _read_passport(path: Path) -> AdapterManifest | None:
+    """Return the passport with its recipe checked and every default filled in; None where there is none."""
+    if not path.exists() and not path.is_symlink():
+        return None
+    content = _read_capped(path, cap=_MAX_MANIFEST_BYTES)
+    try:
+        refuse_bomb(content)
+        text = content.decode("utf-8")
+    except ValueError as err:
+        raise AdapterError(f"{path} is no passport: {err}", where=str(path)) from err
+    manifest = read_manifest(text, where=str(path))
     try:
         recipe = Recipe.model_validate_json(json.dumps(manifest.recipe))
     except ValidationError as err:
@@ -372,7 +323,10 @@ def _check_passport(files: AdapterFiles) -> None:
         ("lora.alpha", manifest.lora.alpha, files.shape.alpha),
         ("lora.variant", manifest.lora.variant, files.shape.variant),
         ("lora.targets", tuple(manifest.lora.targets), files.shape.targets),
+        ("lora.n_parameters", manifest.lora.n_parameters, sum(math.prod(t.shape) for t in files.tensors.values())),
     ]
+    if not math.isclose(manifest.lora.scaling, files.shape.scaling, rel_tol=1e-9):
+        facts.append(("lora.scaling", manifest.lora.scaling, files.shape.scaling))
     for field, said, found in facts:
         if said != found:
             raise AdapterMismatchError(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lora_tune.adapter.apply import attach_adapter
 from lora_tune.adapter.door import AdapterFiles
+from lora_tune.adapter.fence import fence_template
 from lora_tune.adapter.manifest import AdapterManifest
 from lora_tune.errors import AdapterError, AdapterMismatchError, MissingInputError, UsageError
 from lora_tune.model.dense import BaseFiles, quiet, ready_base
@@ -70,6 +71,8 @@ def open_live(
     files = ready_base(section, progress)
     check_belongs(adapter, files)
     tokenizer = load_tokenizer(files, template_text=_own_template(adapter))
+    if _own_template(adapter) is not None:
+        tokenizer = fence_template(tokenizer)
     with quiet():
         base = load_base(files, section)
         _check_probe_ids(adapter, base)

@@ -91,6 +91,29 @@ class DataFacts(_Facts):
     """The system message of every row, which the adapter expects when it is used; None when rows differ or have none."""
 
 
+class ParentFacts(_Facts):
+    """One of the adapters that another was made from."""
+
+    name: _Name
+    digest: _Digest
+    """Content digest: of its weights and its config."""
+    weight: float
+    """Factor in front of its change."""
+    verified: bool
+    """Whether it had a passport; without one, only its layers' widths were compared with the base."""
+
+
+class MadeFrom(_Facts):
+    """How an adapter was made from others, without training."""
+
+    method: Literal["concat", "svd", "ties", "dare", "resize", "fold"]
+    parents: Annotated[tuple[ParentFacts, ...], Field(min_length=1, max_length=16)]
+    density: Annotated[float, Field(gt=0.0, le=1.0)] | None
+    """Share of each change that was kept (ties, dare)."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None
+    """Which entries were dropped (dare)."""
+
+
 class Probe(_Facts):
     """A fixed prompt and what the trained model says to it: whoever loads the adapter can check for the same."""
 
@@ -142,6 +165,8 @@ class AdapterManifest(_Facts):
     figures: dict[str, float]
     """What training measured."""
     probes: Annotated[tuple[Probe, ...], Field(min_length=1, max_length=MAX_PROBES)]
+    made_from: MadeFrom | None = None
+    """How it was made from other adapters; None when it was trained. Recipe and data are then those of its parents."""
 
 
 def read_manifest(text: str, *, where: str) -> AdapterManifest:

@@ -1,44 +1,87 @@
-"""`adapters/<name>/<version>/` on disk: versions that are added whole and never changed, and a journal of what happened."""
+"""The registry's deeds: versions are added whole and never changed; aliases name one, move forward and back.
 
-import errno
-import json
+`adapters/<name>/<version>/` holds a version's files, `journal.jsonl` what happened, in the order in which it did.
+"""
+
 import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from filelock import FileLock
-
-from lora_tune.adapter.door import AdapterFiles, open_adapter
-from lora_tune.errors import CannotCreateError, CannotWriteError, LoraTuneError, MissingInputError, UsageError
-from lora_tune.model.fingerprint import canonical_digest
+from lora_tune.adapter import journal
+from lora_tune.adapter.door import CONFIG, WEIGHTS, AdapterFiles, open_adapter
+from lora_tune.adapter.journal import Key, State
+from lora_tune.adapter.manifest import FILE_NAME
+from lora_tune.adapter.shelf import (
+    LOCK,
+    Version,
+    content_digest,
+    discard,
+    look,
+    next_version,
+    record,
+    registered,
+    resolve,
+    writing,
+)  # fmt: skip
+from lora_tune.errors import (
+    AdapterError,
+    AdapterMismatchError,
+    CannotCreateError,
+    LoraTuneError,
+    MissingInputError,
+    RefusedError,
+    UsageError,
+)  # fmt: skip
 from lora_tune.recipe.schema import NAME_PATTERN
 from lora_tune.staging import staged_folder
 
-_SPEC = re.compile(r"(?P<name>[a-z0-9][a-z0-9-]{0,62})(?:@(?P<version>[0-9]{1,9}|sha256:[0-9a-f]{8,64}))?")
-_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
-_JOURNAL = "journal.jsonl"
-_LOCK = ".lock"
+__all__ = [
+    "DEFAULT_ALIAS", "Listed", "Pointed", "Version", "add", "aliases", "content_digest", "ensure_writable", "find",
+    "find_version", "list_versions", "listing", "open_found", "origin", "promote", "register", "registry_root", "remove",
+    "rollback",
+]  # fmt: skip
+
+DEFAULT_ALIAS = "prod"
+KEPT_FILES = (CONFIG, WEIGHTS, FILE_NAME, "README.md")
+"""What a version is copied from: nothing else of a folder is an adapter's."""
+_NAME_HINT = "lower-case letters, digits and hyphens, at most 63"
 
 
 @dataclass(frozen=True)
-class Version:
-    """One adapter in the registry."""
+class Listed:
+    """A version as `adapters list` shows it."""
 
-    name: str
-    number: int
-    folder: Path
+    version: Version
+    files_or_error: AdapterFiles | LoraTuneError
+    """Its checked files, or why it is refused."""
+    aliases: tuple[str, ...]
+    """Those that point to it, sorted."""
+    added_at: float | None
+    """Seconds since 1970; None when the journal does not say."""
+    n_bytes: int
+    """Of all its files."""
 
-    @property
-    def spec(self) -> str:
-        """`name@number`, as every verb takes it."""
-        return f"{self.name}@{self.number}"
+
+@dataclass(frozen=True)
+class Pointed:
+    """An alias after it was promoted or rolled back."""
+
+    alias: str
+    version: Version
+    previous: Version | None
+    """Where it pointed before; None for a new alias."""
+
+    def as_dict(self) -> dict[str, str | None]:
+        """As `--json` prints it."""
+        return {"alias": self.alias, "adapter": self.version.spec, "folder": str(self.version.folder),
+                "previous": self.previous.spec if self.previous else None}  # fmt: skip
 
 
 def registry_root() -> Path:
@@ -46,30 +89,27 @@ def registry_root() -> Path:
     return Path(os.environ.get("LORA_TUNE_ADAPTERS") or "adapters")
 
 
-def content_digest(files: AdapterFiles) -> str:
-    """Return the sha256 that names an adapter by content: of its weights and its config."""
-    return canonical_digest({"config": files.config_digest, "weights": files.weights_digest})
-
-
-def ensure_writable(root: Path) -> None:
-    """Check that a version can be added later, so that no training is lost for a folder's permissions.
+def ensure_writable(root: Path, *, name: str | None = None) -> None:
+    """Check that a version (of `name`) can be added later, so that no training is lost for a folder's permissions.
 
     Raises:
-        CannotCreateError: nothing can be written there (exit 73).
+        CannotCreateError: nothing can be written there, or the name is an alias (exit 73).
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(prefix=".probe-", dir=root) as probe:
             probe.write(b"x")
-        for name in (_LOCK, _JOURNAL):
-            if (root / name).exists():
-                (root / name).open("ab").close()
+        if (root / LOCK).exists():
+            (root / LOCK).open("ab").close()
+        journal.check_appendable(root)
     except OSError as err:
         raise CannotCreateError(
             f"the registry {root} cannot be written: {err.strerror}",
             hint="check the folder's permissions and free space, or give another one with --registry",
             where=str(root),
         ) from err
+    if name is not None:
+        next_version(name, look(root))
 
 
 def add(folder: Path, name: str, *, root: Path) -> Version:
@@ -80,174 +120,248 @@ def add(folder: Path, name: str, *, root: Path) -> Version:
     Raises:
         MissingInputError: there is no such folder (exit 66).
         AdapterError: the folder is no adapter (exit 77).
-        CannotCreateError: the registry cannot be written (exit 73).
+        CannotCreateError: the registry cannot be written, or the name is an alias (exit 73).
         CannotWriteError: the disk is full or failing; nothing is left of the new version (exit 74).
     """
-    if not re.fullmatch(NAME_PATTERN, name):
-        raise UsageError(f"{name!r} is no adapter's name", hint="lower-case letters, digits and hyphens, at most 63")
+    _check_name(name)
     if not folder.is_dir():
         raise MissingInputError(f"no adapter folder at {folder}", hint="train one first", where=str(folder))
-    with _translated(root):
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / _LOCK):
-            number = max(_used_numbers(name, root), default=0) + 1
-            version = Version(name, number, root / name / str(number))
-            with staged_folder(version.folder) as stage:
-                for path in sorted(folder.iterdir()):
-                    if path.is_file() and not path.is_symlink():
-                        shutil.copyfile(path, stage / path.name)
-                digest = content_digest(open_adapter(stage))
-            event = {"event": "added", "name": name, "version": number, "digest": digest, "at": time.time(),
-                     "from": str(folder.resolve())}  # fmt: skip
+
+    def fill(stage: Path) -> None:
+        for path in (folder / kept for kept in KEPT_FILES):
+            if path.is_file() and not path.is_symlink():
+                shutil.copyfile(path, stage / path.name)
+
+    return register(fill, name, root=root, copied_from=folder)
+
+
+def register(
+    fill: Callable[[Path], None],
+    name: str,
+    *,
+    root: Path,
+    copied_from: Path,
+    how: Literal["added", "imported"] = "added",
+) -> Version:
+    """Make the next version of `name` from what `fill` writes into the empty folder that it is given.
+
+    The door checks it before it appears. Raises as `add`, and what `fill` raises.
+    """
+    _check_name(name)
+    with writing(root, create=True) as shelf:
+        version = next_version(name, shelf)
+        with staged_folder(version.folder) as stage:
+            fill(stage)
             try:
-                _append(root / _JOURNAL, event)
-            except OSError:
-                shutil.rmtree(version.folder, ignore_errors=True)
-                raise
+                digest = content_digest(open_adapter(stage))
+            except LoraTuneError as err:
+                # The stage is gone when this is read; what is wrong with it was wrong where it came from.
+                message, where = (text.replace(str(stage), str(copied_from)) for text in (err.message, err.where))
+                raise type(err)(message, hint=err.hint, where=where) from err
+        try:
+            record(root, how, version, digest=digest, **{"from": str(copied_from.resolve())})
+        except OSError:
+            discard(version)
+            raise
     return version
+
+
+def promote(spec: str, alias: str = DEFAULT_ALIAS, *, root: Path) -> Pointed:
+    """Point `alias` to a version; from then on it names that version wherever an adapter is named.
+
+    Raises:
+        UsageError: `alias` is no name or is an adapter's, or `spec` is a folder's path (exit 2).
+        MissingInputError: there is no such version (exit 66).
+        AdapterError: the version is damaged (exit 77).
+    """
+    _check_name(alias)
+    with writing(root) as shelf:
+        version = resolve(spec, shelf)
+        if alias in shelf.versions:
+            raise UsageError(f"{alias} is an adapter's name and cannot be an alias", hint="choose another alias")
+        digest = content_digest(_undamaged(version, shelf.state))
+        history = shelf.state.aliases.get(alias)
+        previous = shelf.version(history[-1]) if history else None
+        if previous != version:
+            was = previous.spec if previous else None
+            record(root, "promoted", version, alias=alias, digest=digest, previous=was)
+    return Pointed(alias, version, previous)
+
+
+def rollback(alias: str = DEFAULT_ALIAS, *, root: Path) -> Pointed:
+    """Point `alias` to what it pointed to before its last promotion; again and again, down its history.
+
+    Raises:
+        MissingInputError: there is no such alias, nothing earlier, or the earlier version was removed (exit 66).
+        AdapterError: the earlier version is damaged (exit 77).
+    """
+    with writing(root) as shelf:
+        history = shelf.state.aliases.get(alias)
+        if history is None:
+            known = ", ".join(sorted(shelf.state.aliases)) or "none"
+            raise MissingInputError(
+                f"no alias {alias[:200]!r} in {root}/; known: {known}", hint="`lora-tune adapters promote` makes one"
+            )
+        previous, elsewhere = shelf.version(history[-1]), f"`lora-tune adapters promote NAME@VERSION {alias}` moves it"
+        if len(history) == 1:
+            raise MissingInputError(f"{alias} has pointed to {previous.spec} from the first", hint=elsewhere)
+        version = shelf.version(history[-2])
+        if not shelf.has(version):
+            raise MissingInputError(
+                f"{version.spec}, where {alias} pointed before, was removed; it stays at {previous.spec}",
+                hint=elsewhere,
+            )
+        digest = content_digest(_undamaged(version, shelf.state))
+        record(root, "rolled_back", version, alias=alias, digest=digest, previous=previous.spec)
+    return Pointed(alias, version, previous)
+
+
+def remove(spec: str, *, root: Path) -> str:
+    """Remove one version, or an alias (never what it points to), and return `name@number` or the alias.
+
+    Raises:
+        UsageError: a bare name that has several versions, or a folder's path (exit 2).
+        MissingInputError: there is no such version (exit 66).
+        RefusedError: an alias points to it (exit 77).
+    """
+    with writing(root) as shelf:
+        if spec in shelf.state.aliases and spec not in shelf.versions:
+            journal.append(root, {"event": "removed", "alias": spec, "at": time.time()})
+            return spec
+        version = resolve(spec, shelf)
+        if "@" not in spec and len(shelf.versions[version.name]) > 1:
+            numbers = ", ".join(str(other.number) for other in shelf.versions[version.name])
+            raise UsageError(f"{spec} has versions {numbers}", hint=f"say which one, as {version.spec}")
+        pointing = [alias for alias, history in sorted(shelf.state.aliases.items()) if history[-1] == version.key]
+        if pointing:
+            raise RefusedError(
+                f"{version.spec} is what {' and '.join(pointing)} points to",
+                hint=f"`lora-tune adapters promote` another version as {pointing[0]}, or give the alias up: "
+                f"`lora-tune adapters remove {pointing[0]}`",
+            )
+        record(root, "removed", version)
+        # From here on it is gone for every reader.
+        discard(version)
+    return version.spec
+
+
+def aliases(root: Path) -> dict[str, Version]:
+    """Return the version that each alias points to, by alias; its folder may have been removed by hand."""
+    shelf = look(root)
+    return {alias: shelf.version(history[-1]) for alias, history in sorted(shelf.state.aliases.items())}
 
 
 def origin(folder: Path, *, root: Path) -> Path:
     """Return the folder that a registered adapter was copied from; any other folder is its own origin."""
-    if folder.parent.parent.resolve() != root.resolve():
-        return folder
-    for event in reversed(_events(root)):
-        if (event.get("name"), str(event.get("version"))) == (folder.parent.name, folder.name):
-            return Path(str(event.get("from", folder)))
-    return folder
+    version = registered(folder, root)
+    arrival = journal.read_state(root).arrivals.get(version.key) if version else None
+    return Path(arrival.origin) if arrival and arrival.origin else folder
 
 
 def find(spec: str, *, root: Path) -> Path:
-    """Return the folder that `spec` names: a path, `name` (its newest version), `name@3` or `name@sha256:…`.
+    """Return the folder that `spec` names: a path, an alias, `name` (its newest version), `name@3` or `name@sha256:…`.
 
     Raises:
         MissingInputError: there is no such adapter; close names are given (exit 66).
+        RefusedError: it is both an alias and an adapter's name (exit 77).
     """
-    if ("/" in spec or spec.startswith(".")) or (Path(spec).is_dir() and not (root / spec).is_dir()):
+    if "/" in spec or spec.startswith("."):
         return Path(spec)
-    match = _SPEC.fullmatch(spec)
-    versions = _versions(root / match["name"]) if match else []
-    if match is None or not versions:
-        raise _unknown(spec, root)
-    wanted = match["version"]
-    if wanted is None:
-        return versions[-1].folder
-    digest = wanted.removeprefix("sha256:") if wanted.startswith("sha256:") else None
-    damaged = []
-    for version in versions:
-        if digest is None:
-            if version.number == int(wanted):
-                return version.folder
-            continue
-        try:
-            if content_digest(open_adapter(version.folder)).startswith(digest):
-                return version.folder
-        except LoraTuneError:
-            damaged.append(version.number)
-    raise MissingInputError(
-        f"{match['name']} has no version {wanted}; it has {', '.join(str(version.number) for version in versions)}"
-        + (f" ({', '.join(map(str, damaged))} damaged)" if damaged else ""),
-        hint="`lora-tune adapters list` shows all",
-    )
+    shelf = look(root)
+    if spec not in shelf.versions and spec not in shelf.state.aliases and _is_folder(spec):
+        return Path(spec)
+    return resolve(spec, shelf).folder
+
+
+def find_version(spec: str, *, root: Path) -> Version:
+    """Return the version in the registry that `spec` names; a folder's path names none.
+
+    Raises:
+        UsageError: it is a folder's path (exit 2).
+        MissingInputError: there is no such version; close names are given (exit 66).
+        RefusedError: it is both an alias and an adapter's name (exit 77).
+    """
+    return resolve(spec, look(root))
+
+
+def open_found(spec: str, *, root: Path) -> AdapterFiles:
+    """Return the checked files of what `spec` names; a version must hold what it held when it came.
+
+    Raises:
+        MissingInputError: there is no such adapter (exit 66).
+        AdapterError: it is not what an adapter must be, or was changed since it came (exit 77).
+    """
+    files = open_adapter(find(spec, root=root))
+    version = registered(files.folder, root)
+    return _unchanged(files, version, journal.read_state(root)) if version else files
+
+
+def listing(root: Path) -> list[Listed]:
+    """Return every version as `adapters list` shows it, by name and number."""
+    shelf = look(root)
+    pointing: dict[Key, list[str]] = {}
+    for alias, history in sorted(shelf.state.aliases.items()):
+        pointing.setdefault(history[-1], []).append(alias)
+    found = []
+    for version in (version for versions in shelf.versions.values() for version in versions):
+        arrival = shelf.state.arrivals.get(version.key)
+        listed = Listed(version, _opened(version, shelf.state), tuple(pointing.get(version.key, ())),
+                        arrival.at if arrival else None, _folder_bytes(version.folder))  # fmt: skip
+        # Another process may have removed it while it was read.
+        if version.folder.is_dir():
+            found.append(listed)
+    return found
 
 
 def list_versions(*, root: Path) -> list[tuple[Version, AdapterFiles | LoraTuneError]]:
     """Return every version, with its checked files or why it is refused."""
-    found: list[tuple[Version, AdapterFiles | LoraTuneError]] = []
-    for folder in _named_folders(root):
-        for version in _versions(folder):
-            try:
-                found.append((version, open_adapter(version.folder)))
-            except LoraTuneError as err:
-                found.append((version, err))
+    return [(listed.version, listed.files_or_error) for listed in listing(root)]
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise UsageError(f"{name[:200]!r} is no name for an adapter or alias", hint=_NAME_HINT)
+
+
+def _opened(version: Version, state: State) -> AdapterFiles | LoraTuneError:
+    try:
+        return _unchanged(open_adapter(version.folder), version, state)
+    except LoraTuneError as err:
+        return err
+
+
+def _undamaged(version: Version, state: State) -> AdapterFiles:
+    found = _opened(version, state)
+    if isinstance(found, LoraTuneError):
+        raise AdapterError(
+            f"{version.spec} is damaged: {found.message}",
+            hint=f"`lora-tune adapters remove {version.spec}`, then train or import it again",
+            where=str(version.folder),
+        ) from found
     return found
 
 
-def _versions(folder: Path) -> list[Version]:
-    if not folder.is_dir():
-        return []
-    numbers = sorted(int(path.name) for path in folder.iterdir() if _NUMBER.fullmatch(path.name) and path.is_dir())
-    return [Version(folder.name, number, folder / str(number)) for number in numbers]
+def _unchanged(files: AdapterFiles, version: Version, state: State) -> AdapterFiles:
+    """Return the files when they are what the journal says came: a passport may be missing, and cannot say."""
+    arrival = state.arrivals.get(version.key)
+    if arrival and arrival.digest and arrival.digest != content_digest(files):
+        raise AdapterMismatchError(
+            f"{version.folder} holds sha256:{content_digest(files)[:12]}…; when it was added, "
+            f"it held sha256:{arrival.digest[:12]}…",
+            hint="its files were changed; train or import it again",
+            where=str(version.folder),
+        )
+    return files
 
 
-def _named_folders(root: Path) -> list[Path]:
-    """Return the folders whose names are adapters' names."""
-    folders = sorted(root.iterdir()) if root.is_dir() else []
-    return [folder for folder in folders if re.fullmatch(NAME_PATTERN, folder.name)]
+def _folder_bytes(folder: Path) -> int:
+    with suppress(OSError):
+        return sum(path.lstat().st_size for path in folder.iterdir())
+    return 0
 
 
-def _used_numbers(name: str, root: Path) -> set[int]:
-    """Return the numbers of the versions that are there, and of those that the journal says were."""
-    said = {
-        event["version"]
-        for event in _events(root)
-        if event.get("name") == name and type(event.get("version")) is int and _NUMBER.fullmatch(str(event["version"]))
-    }
-    return said | {version.number for version in _versions(root / name)}
-
-
-def _events(root: Path) -> list[dict[str, Any]]:
-    """Return what the journal says, oldest first; a line that a crash cut off is passed over."""
-    journal = root / _JOURNAL
-    if not journal.is_file():
-        return []
-    events = []
-    for line in journal.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(event, dict):
-            events.append(event)
-    return events
-
-
-def _append(journal: Path, event: Mapping[str, Any]) -> None:
-    """Write one line at the journal's end, or nothing."""
-    # Unbuffered: what could not be written must not be tried again when the file is closed.
-    with journal.open("ab", buffering=0) as stream:
-        before = stream.tell()
-        # A crash may have cut the last line off; what follows it begins on a line of its own.
-        torn = before > 0 and not journal.read_bytes().endswith(b"\n")
-        line = (b"\n" if torn else b"") + json.dumps(event, sort_keys=True).encode() + b"\n"
-        try:
-            if stream.write(line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(stream.fileno())
-        except OSError:
-            os.truncate(journal, before)
-            raise
-
-
-@contextmanager
-def _translated(root: Path) -> Iterator[None]:
+def _is_folder(spec: str) -> bool:
     try:
-        yield
-    except OSError as err:
-        if err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
-            raise CannotWriteError(
-                f"writing to the registry {root} failed: {err.strerror}; nothing was added",
-                hint="free some space, then run it again",
-                where=str(root),
-            ) from err
-        raise CannotCreateError(
-            f"the registry {root} cannot be written: {err.strerror or err}",
-            hint="check the folder's permissions, or give another one with --registry",
-            where=str(root),
-        ) from err
-
-
-def _unknown(spec: str, root: Path) -> MissingInputError:
-    import difflib
-
-    names = [folder.name for folder in _named_folders(root) if _versions(folder)]
-    close = difflib.get_close_matches(spec.partition("@")[0], names, n=3)
-    listed = (
-        f"; did you mean {', '.join(close)}?"
-        if close
-        else (f"; known: {', '.join(sorted(names)[:10])}" if names else "")
-    )
-    return MissingInputError(
-        f"no adapter {spec!r} in {root}/{listed}",
-        hint="`lora-tune adapters list` shows the registry; a folder works too, as ./path",
-    )
+        return Path(spec).is_dir()
+    except (OSError, ValueError):
+        return False

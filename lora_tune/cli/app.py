@@ -10,6 +10,8 @@ import typer
 
 from lora_tune import __version__
 from lora_tune.cli import render
+from lora_tune.cli.adapters_app import adapters_app
+from lora_tune.cli.options import Adapter, Base, Debug, Json, Recipe, Registry, Sets
 from lora_tune.errors import LoraTuneError, UsageError
 
 INTERRUPTED = 130
@@ -21,9 +23,6 @@ app = typer.Typer(
     help=_EXAMPLE, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
 )
 recipes_app = typer.Typer(help="Recipes that ship with lora_tune.", no_args_is_help=True, rich_markup_mode=None)
-adapters_app = typer.Typer(
-    help="Adapters in the registry, or in a folder.", no_args_is_help=True, rich_markup_mode=None
-)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(adapters_app, name="adapters")
 
@@ -41,23 +40,6 @@ def root(
     ] = False,
 ) -> None:
     """Take the options that stand before a verb."""
-
-
-Recipe = Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)]
-Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting; repeatable.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object (train: JSON Lines) instead of text.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-Adapter = Annotated[
-    str, typer.Argument(help="A folder, or name, name@3, name@sha256:… in the registry.", show_default=False)
-]
-Base = Annotated[
-    str | None, typer.Option("--base", help="Another place of the same base: a folder, .gguf file or hub id.")
-]
-Registry = Annotated[
-    Path | None, typer.Option("--registry", help="Registry folder; default LORA_TUNE_ADAPTERS, or adapters/.")
-]
 
 
 @app.command()
@@ -141,14 +123,31 @@ def chat(model: Annotated[str, typer.Argument(help="An adapter, or a base: built
 
 @app.command()
 def merge(adapter: Adapter, out: Annotated[Path, typer.Argument(help="New folder for the merged model.", show_default=False)],
-          onto: Annotated[str, typer.Option("--onto", help="trained: the weights it was trained on; original: full precision.")] = "trained",
+          also: Annotated[list[str] | None, typer.Option("--also", metavar="ADAPTER[=WEIGHT]", help="Another adapter to merge in; repeatable.")] = None,
+          onto: Annotated[str, typer.Option("--onto", help="trained: the weights as they were while training; original: those of the base's files.")] = "trained",
           base: Base = None, registry: Registry = None, as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
     """Merge an adapter into its base, with a receipt of what that changed."""
-    from lora_tune.cli import verbs
+    from lora_tune.cli import adapter_verbs
 
     with render.Progress() as progress:
-        receipt = verbs.merge(adapter, out, onto=onto, base=base, registry=registry, progress=progress)
+        receipt = adapter_verbs.merge(
+            adapter, out, also=also or (), onto=onto, base=base, registry=registry, progress=progress
+        )
     render.result(receipt, as_json=as_json, title=f"merged into {out}")
+
+
+@app.command()
+def export(adapter: Annotated[str, typer.Argument(help="An adapter, or a merged model's folder (for gguf).", show_default=False)],
+           out: Annotated[Path, typer.Argument(help="New folder; of a merged model the new .gguf file.", show_default=False)],
+           to: Annotated[str, typer.Option("--to", help="gguf (llama.cpp), ollama, mlx or peft.", show_default=False)],
+           dtype: Annotated[str | None, typer.Option("--dtype", help="Of a whole model as gguf, and of ollama's base: f16, bf16 or q8_0.")] = None,
+           base: Base = None, registry: Registry = None, as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
+    """Write an adapter for another engine, checked against what was trained, or refuse with the way out."""
+    from lora_tune.cli import adapter_verbs
+
+    with render.Progress() as progress:
+        report = adapter_verbs.export(adapter, out, to=to, dtype=dtype, base=base, registry=registry, progress=progress)
+    render.result(report, as_json=as_json, title=f"written for {to}")
 
 
 @app.command()
@@ -188,34 +187,6 @@ def recipes_cp(name: Annotated[str, typer.Argument(show_default=False)], file: A
         as_json=as_json,
         title=f"next: lora-tune check {file}",
     )
-
-
-@adapters_app.command("list")
-def adapters_list(registry: Registry = None, as_json: Json = False, debug: Debug = False) -> None:
-    """List every adapter version in the registry."""
-    from lora_tune.cli import verbs
-
-    render.adapters(verbs.list_adapters(registry), as_json=as_json)
-
-
-@adapters_app.command("inspect")
-def adapters_inspect(adapter: Adapter, registry: Registry = None, as_json: Json = False, debug: Debug = False) -> None:
-    """Show what an adapter says about itself, after every check that needs no base."""
-    from lora_tune.cli import verbs
-
-    render.result(verbs.inspect(adapter, registry), as_json=as_json)
-
-
-@adapters_app.command("verify")
-def adapters_verify(
-    adapter: Adapter, base: Base = None, registry: Registry = None, as_json: Json = False, debug: Debug = False
-) -> None:
-    """Replay the adapter's golden probes on the base at hand; exit 0 only when it behaves as when it was trained."""
-    from lora_tune.cli import verbs
-
-    with render.Progress() as progress:
-        result = verbs.verify(adapter, base=base, registry=registry, progress=progress)
-    render.result(result, as_json=as_json)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 from lora_tune.adapter import registry as shelf
-from lora_tune.adapter.door import AdapterFiles, open_adapter
-from lora_tune.data.lint import check_rows
-from lora_tune.errors import AdapterMismatchError, LoraTuneError, UsageError
+from lora_tune.adapter.door import AdapterFiles
+from lora_tune.data.verdict import check_rows
+from lora_tune.errors import DataError, UsageError
 from lora_tune.model.resolve import locate
 from lora_tune.recipe.loader import load_recipe
 from lora_tune.recipe.schema import BaseSection, DataSection
@@ -36,25 +36,49 @@ def evaluate(
     from lora_tune.evaluation.evaluate import evaluate as measure
 
     live = open_live(adapter, progress, base_name=base)
-    splits = prepare_dataset(section, live.tokenizer, seed=seed)
+    try:
+        splits = prepare_dataset(section, live.tokenizer, seed=seed)
+    except DataError as err:
+        if data is None or err.where != "data.max_seq_tokens":
+            raise
+        # The hint is for recipes: nobody can be asked to train with another limit.
+        hint = "give shorter rows: an adapter is measured with the limit that it was trained with"
+        raise DataError(err.message, hint=hint, where=str(data)) from err
     held_out = splits.train if data is not None else splits.held_out
     assert held_out is not None  # _held_out_rows looked
     measured = measure(
         live.model, live.tokenizer, held_out, progress, max_answer_tokens=generate, answer_rows=rows, base_too=base_too
     )
-    return {"data": section.eval_path or section.path, "counts": held_out.counts.as_dict(), **measured.as_dict()}
+    counts, warnings = held_out.counts, list(splits.checked.warnings)
+    if data is not None and counts.rows_dropped:
+        warnings.append(
+            f"{counts.rows_dropped} of {counts.rows_read} rows are longer than the {section.max_seq_tokens} tokens that "
+            "the adapter was trained with (data.max_seq_tokens), and are not measured"
+        )
+    named = dict.fromkeys(held_out.rows.stored[number].source.name for number in held_out.rows.pieces.source.tolist())
+    return {
+        "data": section.eval_path or section.path or ", ".join(named),
+        "counts": counts.as_dict(),
+        "warnings": warnings,
+        **measured.as_dict(),
+    }
 
 
 def _held_out_rows(adapter: AdapterFiles, data: Path | None, registry: Path) -> tuple[DataSection, int]:
     """Return where the rows to measure on are, how they are tokenized (as in training), and the seed of their split.
 
     Without `data` they are the held-out rows of the run that made the adapter, if that run is still on this machine.
+    Those of `data` are laid out as the recipe's rows are, unless its sets differ; longer ones are left out.
     """
     trained = adapter.manifest.recipe["data"] if adapter.manifest else {}
-    shared = ("train_on", "max_seq_tokens", "too_long", "columns", "max_lost_tokens")
+    shared = ("train_on", "max_seq_tokens", "format", "columns")
     kept = {key: trained[key] for key in shared if key in trained}
+    for key in ("format", "columns"):
+        of_sets = [trained[key] if part[key] is None else part[key] for part in trained.get("mix", [])]
+        if of_sets and all(value == of_sets[0] for value in of_sets):
+            kept[key] = of_sets[0]
     if data is not None:
-        section = DataSection(path=str(data), **kept)
+        section = DataSection(path=str(data), too_long="drop", max_lost_tokens="100%", **kept)
         check_rows(section, seed=0)
         return section, 0
     recipe_path = shelf.origin(adapter.folder, root=registry).parent / "recipe.resolved.yaml"
@@ -140,96 +164,8 @@ def _trained_system(adapter: AdapterFiles) -> str | None:
     return adapter.manifest.data.system_message if adapter.manifest else None
 
 
-def merge(
-    spec: str, out: Path, *, onto: str, base: str | None, registry: Path | None, progress: Progress
-) -> dict[str, Any]:
-    """Merge an adapter and return the receipt."""
-    if onto not in ("trained", "original"):
-        raise UsageError(f"--onto {onto}: expected trained or original")
-    adapter = _open(spec, registry)
-    from dataclasses import asdict
-
-    from lora_tune.adapter.merge import merge_adapter
-
-    return asdict(
-        merge_adapter(adapter, out, progress, onto=cast(Literal["trained", "original"], onto), base_name=base)
-    )
-
-
-def list_adapters(registry: Path | None) -> dict[str, Any]:
-    """Return every version in the registry."""
-    root = _root(registry)
-    rows = []
-    for version, found in shelf.list_versions(root=root):
-        row: dict[str, Any] = {"adapter": version.spec, "folder": str(version.folder)}
-        if isinstance(found, LoraTuneError):
-            row["refused"] = found.message
-        else:
-            manifest = found.manifest
-            row |= {
-                "rank": found.shape.rank,
-                "variant": found.shape.variant,
-                "bytes": found.weights_bytes,
-                "base": manifest.base.name if manifest else found.base_name,
-                "quantization": manifest.base.quantization if manifest else "unverified",
-                "figures": dict(manifest.figures) if manifest else {},
-                "digest": shelf.content_digest(found),
-            }
-        rows.append(row)
-    return {"registry": str(root), "adapters": rows}
-
-
-def inspect(spec: str, registry: Path | None) -> dict[str, Any]:
-    """Return what an adapter says about itself; without a passport it is `unverified`."""
-    files = _open(spec, registry)
-    found: dict[str, Any] = {
-        "folder": str(files.folder),
-        "digest": shelf.content_digest(files),
-        "passport": "present" if files.manifest else "unverified: made elsewhere, nothing can be compared",
-        "base": files.base_name,
-        "rank": files.shape.rank,
-        "alpha": files.shape.alpha,
-        "variant": files.shape.variant,
-        "targets": list(files.shape.targets),
-        "layers": len(files.shape.modules),
-        "weights_bytes": files.weights_bytes,
-    }
-    if files.manifest:
-        passport = files.manifest.model_dump(mode="json", exclude={"probes", "recipe"})
-        found |= {"base": passport["base"], "tokenizer": passport["tokenizer"], "data": passport["data"],
-                  "figures": passport["figures"], "versions": passport["versions"], "probes": len(files.manifest.probes)}  # fmt: skip
-    return found
-
-
-def verify(spec: str, *, base: str | None, registry: Path | None, progress: Progress) -> dict[str, Any]:
-    """Replay an adapter's probes and return how far it is from its passport.
-
-    Raises:
-        AdapterMismatchError: it behaves differently, or has no passport to be held against (exit 77).
-    """
-    files = _open(spec, registry)
-    if files.manifest is None:
-        raise AdapterMismatchError(
-            f"{files.folder} has no passport (lora_tune.json): unverified",
-            hint="only adapters that lora_tune trained carry golden probes; `adapters inspect` shows what can be checked",
-        )
-    from lora_tune.adapter.live import open_live
-    from lora_tune.adapter.probes import replay_probes
-
-    live = open_live(files, progress, base_name=base)
-    result = replay_probes(live.model, files.manifest.probes)
-    if result.verdict == "different":
-        raise AdapterMismatchError(
-            f"{files.folder} does not behave as when it was trained: KL divergence {result.kl:.3g} nats a token "
-            f"(the base alone: {result.kl_of_base:.3g}), top-1 agreement {result.top1_agreement:.0%}",
-            hint="compare the versions in its passport with those installed: `lora-tune adapters inspect`",
-            where="probes",
-        )
-    return {"adapter": str(files.folder), **result.as_dict()}
-
-
 def _open(spec: str, registry: Path | None) -> AdapterFiles:
-    return open_adapter(shelf.find(spec, root=_root(registry)))
+    return shelf.open_found(spec, root=_root(registry))
 
 
 def _root(registry: Path | None) -> Path:

@@ -108,7 +108,7 @@ def load_tokenizer(files: BaseFiles, *, template_text: str | None = None) -> Any
         tokenizer.chat_template = template_text
     if not tokenizer.chat_template:
         raise RecipeError(
-            f"{files.name} has no chat template",
+            f"{files.name} has no chat template; rows of plain text need one too: `chat` and the golden probes ask with it",
             hint="set data.chat_template to a .jinja file, or to builtin:plain",
             where="data.chat_template",
         )
