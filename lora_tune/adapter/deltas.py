@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_tune.adapter.door import AdapterFiles, read_weights
-from lora_tune.adapter.live import _tail
+from lora_tune.adapter.live import tail_of
 from lora_tune.errors import AdapterMismatchError, RefusedError
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -114,7 +114,7 @@ def base_tensors(modules: Iterable[str], base_shapes: Mapping[str, tuple[int, ..
     weights = {name.removesuffix(".weight"): name for name in base_shapes if name.endswith(".weight")}
     by_tail: dict[str, list[str]] = {}
     for path in weights:
-        by_tail.setdefault(_tail(path), []).append(path)
+        by_tail.setdefault(tail_of(path), []).append(path)
     return {module: _one_tensor(module, weights, by_tail, base_shapes) for module in modules}
 
 
@@ -124,7 +124,7 @@ def _one_tensor(
     by_tail: Mapping[str, Sequence[str]],
     base_shapes: Mapping[str, tuple[int, ...]],
 ) -> str:
-    found = [module] if module in weights else list(by_tail.get(_tail(module), ()))
+    found = [module] if module in weights else list(by_tail.get(tail_of(module), ()))
     if not found:
         raise AdapterMismatchError(
             f"the base's files hold no weight of the layer {module}: it is not there, or fused with others into one tensor",

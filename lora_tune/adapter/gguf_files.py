@@ -17,7 +17,7 @@ import numpy as np
 
 from lora_tune.adapter.convert import AdapterOnBase, GgufDtype, Matrix, as_float32
 from lora_tune.adapter.gguf_words import add_vocabulary, read_vocabulary
-from lora_tune.errors import CannotCreateError, DataError, MissingInputError, RefusedError
+from lora_tune.errors import CannotCreateError, DataError, MissingInputError, RefusedError, UsageError
 from lora_tune.model.dense import quiet
 from lora_tune.model.fingerprint import TensorInfo, read_config, read_header, weight_files
 from lora_tune.model.resolve import refuse_unfit
@@ -124,10 +124,13 @@ def model_to_gguf(folder: Path, out: Path, *, dtype: GgufDtype, tokenizer: Any =
         RefusedError: a model or tokenizer that llama.cpp would not run as transformers does (exit 77).
         DataError: a value does not fit into `dtype` (exit 65).
         MissingInputError: the folder is not a whole model (exit 66).
+        UsageError: an unknown `dtype` (exit 2).
         CannotCreateError, CannotWriteError: `out` exists, or the disk is full (exit 73, 74).
     """
     import gguf
 
+    if dtype not in _FILE_TYPES:
+        raise UsageError(f"--dtype is {dtype!r}; known: {', '.join(_FILE_TYPES)}")
     refuse_unfit(folder)
     config = _full_config(folder)
     family = _family(config)

@@ -25,7 +25,7 @@ from lora_tune.model.resolve import Progress, locate
 from lora_tune.recipe.schema import BaseSection
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
-_CONV1D_FAMILIES = ("gpt2", "openai-gpt")
+CONV1D_FAMILIES = ("gpt2", "openai-gpt")
 """Model types whose layers hold their weights as [in, out]."""
 _NUMBERED = re.compile(r"(?:^|\.)([^.]+\.\d+\..+)$")
 """What stands in a name from its first numbered part on, `layers.0.…`: the same in a file and in the model."""
@@ -70,8 +70,8 @@ def open_live(
         section = section.model_copy(update={"quantization": quantization})
     files = ready_base(section, progress)
     check_belongs(adapter, files)
-    tokenizer = load_tokenizer(files, template_text=_own_template(adapter))
-    if _own_template(adapter) is not None:
+    tokenizer = load_tokenizer(files, template_text=own_template(adapter))
+    if own_template(adapter) is not None:
         tokenizer = fence_template(tokenizer)
     with quiet():
         base = load_base(files, section)
@@ -162,13 +162,13 @@ def check_belongs(adapter: AdapterFiles, files: BaseFiles) -> None:
     Raises:
         AdapterMismatchError: something differs; the message names the field (exit 77).
     """
-    conv1d = read_config(files.folder).get("model_type") in _CONV1D_FAMILIES
+    conv1d = read_config(files.folder).get("model_type") in CONV1D_FAMILIES
     check_fits(adapter, read_shapes(files.folder), conv1d=conv1d)
     manifest: AdapterManifest | None = adapter.manifest
     if manifest is None:
         return
     found = fingerprint(files.folder).as_dict()
-    tokenizer = load_tokenizer(files, template_text=_own_template(adapter))
+    tokenizer = load_tokenizer(files, template_text=own_template(adapter))
     found |= tokenizer_digest(tokenizer_files(files.folder), chat_template=tokenizer.chat_template)
     said = {
         "config": manifest.base.config,
@@ -203,11 +203,11 @@ def check_fits(files: AdapterFiles, base_shapes: Mapping[str, tuple[int, ...]], 
     widths = {name.removesuffix(".weight"): shape for name, shape in base_shapes.items() if name.endswith(".weight")}
     tails: dict[str, list[tuple[int, ...]]] = {}
     for name, shape in widths.items():
-        tails.setdefault(_tail(name), []).append(shape)
+        tails.setdefault(tail_of(name), []).append(shape)
     hint = f"load it on {files.base_name or 'the base it was trained on'}"
     for module in files.shape.modules:
         # The parts before the layer's number differ between a file and the model, and several towers share the rest.
-        found = [widths[module]] if module in widths else tails.get(_tail(module), [])
+        found = [widths[module]] if module in widths else tails.get(tail_of(module), [])
         rows_in = files.tensors[f"base_model.model.{module}.lora_A.weight"].shape[1]
         rows_out = files.tensors[f"base_model.model.{module}.lora_B.weight"].shape[0]
         if not found:
@@ -220,14 +220,14 @@ def check_fits(files: AdapterFiles, base_shapes: Mapping[str, tuple[int, ...]], 
             )
 
 
-def _tail(name: str) -> str:
+def tail_of(name: str) -> str:
     """Return the part of a layer's name that a file and the model share."""
     match = _NUMBERED.search(name)
     # Without a number, only the model's own prefix is left out (`head.x` for `model.head.x`).
     return match[1] if match else name.removeprefix("model.")
 
 
-def _own_template(adapter: AdapterFiles) -> str | None:
+def own_template(adapter: AdapterFiles) -> str | None:
     """Return the template's text that the passport carries; it is never the name of a file."""
     return adapter.manifest.tokenizer.own_template if adapter.manifest else None
 

@@ -15,7 +15,7 @@ from lora_tune.adapter.apply import attach_adapter
 from lora_tune.adapter.deltas import Factors, base_tensors, changed_weight, check_change, check_not_tied, open_factors
 from lora_tune.adapter.door import AdapterFiles
 from lora_tune.adapter.fence import fence_template
-from lora_tune.adapter.live import _CONV1D_FAMILIES, _own_template, base_section, check_belongs, open_live
+from lora_tune.adapter.live import CONV1D_FAMILIES, base_section, check_belongs, open_live, own_template
 from lora_tune.adapter.probes import replay_probes
 from lora_tune.adapter.receipt import Onto, Part, Receipt, Said, ask, difference, merged_card, same_prompts
 from lora_tune.errors import (
@@ -157,7 +157,7 @@ def plan_merge(
     for files, _ in adapters:
         check_belongs(files, base_files)
     shapes = {name: stored.info.shape for name, stored in stored_tensors(base_files.folder).items()}
-    conv1d = read_config(base_files.folder).get("model_type") in _CONV1D_FAMILIES
+    conv1d = read_config(base_files.folder).get("model_type") in CONV1D_FAMILIES
     changed: dict[str, tuple[tuple[int, str], ...]] = {}
     for number, (files, _) in enumerate(adapters):
         for module, name in base_tensors(files.shape.modules, shapes).items():
@@ -168,7 +168,7 @@ def plan_merge(
     quantized = {name: layers[path] for path, name in base_tensors(layers, shapes).items()}
     return MergePlan(
         tuple(adapters), base, base_name, base_files, onto, place(detect_device(), base).dtype,
-        changed, quantized, conv1d, _own_template(adapters[0][0]),
+        changed, quantized, conv1d, own_template(adapters[0][0]),
     )  # fmt: skip
 
 
@@ -185,7 +185,7 @@ def _refuse_together(adapters: Sequence[tuple[AdapterFiles, float]]) -> None:
             f"{dora[0]} is a DoRA adapter: it sets the length of each row, which cannot be added up or weighted",
             hint="merge it alone, with weight 1",
         )
-    if len({_own_template(files) for files, _ in adapters}) > 1:
+    if len({own_template(files) for files, _ in adapters}) > 1:
         raise RefusedError(
             f"{', '.join(names)} were trained with different chat templates; one model has one",
             hint="merge adapters that were trained with the same data.chat_template",

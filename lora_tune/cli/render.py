@@ -317,15 +317,17 @@ def _print_values(values: Mapping[str, Any], *, indent: int) -> None:
         if isinstance(value, Mapping):
             print(f"{' ' * indent}{key}")
             _print_values(value, indent=indent + 2)
+        elif isinstance(value, list | tuple) and value and all(isinstance(item, Mapping) for item in value):
+            print(f"{' ' * indent}{key}")
+            for item in value:
+                print(f"{' ' * (indent + 2)}{', '.join(f'{name} {_number(inner)}' for name, inner in item.items())}")
         else:
-            shown = (
-                ", ".join(map(str, value))
-                if isinstance(value, list)
-                else f"{value:.6g}"
-                if isinstance(value, float)
-                else value
-            )
+            shown = ", ".join(map(_number, value)) if isinstance(value, list | tuple) else _number(value)
             print(f"{' ' * indent}{key:<{width}}  {shown}")
+
+
+def _number(value: object) -> str:
+    return visible(f"{value:.6g}" if isinstance(value, float) else "none" if value is None else str(value))
 
 
 def _draws_blocks(stream: Any) -> bool:

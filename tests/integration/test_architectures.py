@@ -12,7 +12,7 @@ from lora_tune.adapter.live import open_live
 from lora_tune.adapter.merge import merge_adapter
 from lora_tune.adapter.probes import probe_logits, replay_probes
 from lora_tune.cli import recipe_verbs
-from lora_tune.errors import AdapterMismatchError, CannotCreateError, RecipeError, RefusedError
+from lora_tune.errors import AdapterMismatchError, CannotCreateError, RecipeError
 from lora_tune.model.dense import BaseFiles
 from lora_tune.model.load import load_base
 from lora_tune.model.quantization import is_quantized
@@ -193,15 +193,13 @@ def test_a_passport_names_no_folder_of_this_machine(trained, tiny_bases):
     assert config["target_modules"] == sorted(config["target_modules"])
 
 
-def test_merging_in_4_bit_is_refused_and_onto_the_original_is_measured(tmp_path, tiny_bases):
+def test_a_quantized_adapter_is_merged_onto_what_it_was_trained_on_or_the_original(tmp_path, tiny_bases):
     folder, _ = _train(tmp_path / "a", tiny_bases(), base={"quantization": "nf4"}, train={"max_steps": 8})
-    with pytest.raises(RefusedError) as caught:
-        merge_adapter(open_adapter(folder), tmp_path / "m", _ignore, onto="trained")
-    assert caught.value.exit_code == 77
-    assert not (tmp_path / "m").exists()
-    receipt = merge_adapter(open_adapter(folder), tmp_path / "m", _ignore, onto="original")
-    assert receipt.kl <= 1e-6
-    assert receipt.kl_to_trained > receipt.kl
+    trained = merge_adapter(open_adapter(folder), tmp_path / "t", _ignore, onto="trained")
+    original = merge_adapter(open_adapter(folder), tmp_path / "o", _ignore, onto="original")
+    assert trained.kl <= 1e-9 < original.kl
+    assert original.kl_of_writing <= 1e-6
+    assert original.closer_base == "trained"
 
 
 def test_a_merge_never_overwrites(trained, tmp_path):

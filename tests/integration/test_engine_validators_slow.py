@@ -129,6 +129,6 @@ def test_peft_loads_every_exported_variant_with_our_scaling(exported, tiny_bases
         files = open_adapter(folder)
         assert lint_for(files, "peft").verdict == "loads"
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_bases(family)), folder)
-        layers = {name: module for name, module in model.named_modules() if hasattr(module, "scaling")}
+        layers = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
         assert {name.removeprefix("base_model.model.") for name in layers} == set(files.shape.modules)
-        assert {layer.scaling["default"] for layer in layers.values()} == {pytest.approx(files.shape.scaling)}
+        assert all(layer.scaling["default"] == pytest.approx(files.shape.scaling) for layer in layers.values())

@@ -15,7 +15,7 @@ from lora_tune.adapter.gguf_files import held_dtype, model_to_gguf
 from lora_tune.adapter.live import open_live
 from lora_tune.adapter.probes import replay_probes
 from lora_tune.cli import recipe_verbs
-from lora_tune.errors import CannotCreateError, CannotWriteError, DataError, MissingInputError, RefusedError
+from lora_tune.errors import CannotCreateError, CannotWriteError, DataError, MissingInputError, RefusedError, UsageError
 from lora_tune.model.dense import quiet
 from lora_tune.recipe.schema import LoraSection
 from tests.integration.test_gguf import LAYER
@@ -193,8 +193,10 @@ def _rounded(model, dtype):
     return model
 
 
-@pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0"])
-@pytest.mark.parametrize("family", WHOLE)
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [*((family, "f16") for family in WHOLE), *((f, d) for f in ("llama", "gemma2") for d in ("bf16", "q8_0"))],
+)
 def test_a_whole_model_read_back_has_the_same_logits(tmp_path, bases, family, dtype):
     path = model_to_gguf(bases(family), tmp_path / "m.gguf", dtype=dtype)
     with quiet(), torch.no_grad():
@@ -279,6 +281,11 @@ def test_values_beyond_f16_are_an_error_that_names_bf16(tmp_path):
         model_to_gguf(folder, tmp_path / "m.gguf", dtype="f16")
     assert "bf16" in caught.value.hint
     model_to_gguf(folder, tmp_path / "m.gguf", dtype="bf16")
+
+
+def test_an_unknown_dtype_is_a_usage_error(tmp_path, bases):
+    with pytest.raises(UsageError, match="q4_0"):
+        model_to_gguf(bases("llama"), tmp_path / "m.gguf", dtype="q4_0")
 
 
 def test_a_folder_that_is_no_whole_model_is_exit_66(tmp_path, bases):

@@ -94,9 +94,9 @@ def test_the_adapter_on_the_packaged_gguf_answers_as_ours(ours, exported):
     live, prompts, answers = ours
     with builtin_source("builtin:smollm2-135m", _ignore) as base:
         agreement = _agreement(_open(base, lora_path=str(exported / "adapter.gguf")), live.tokenizer, prompts, answers)
-        without = _agreement(_open(base), live.tokenizer, prompts, answers)
+        without = _agreement(_open(base), live.tokenizer, prompts[:15], answers[:15])
     print(
-        f"llama.cpp, packaged Q4_1 base + our adapter: {agreement:.1%} of {len(prompts)} answers are ours; base alone {without:.1%}"
+        f"llama.cpp, packaged Q4_1 base + our adapter: {agreement:.1%} of {len(prompts)} answers are ours; of the first 15, base alone {without:.1%}"
     )
     assert agreement >= 0.95
     assert without <= 0.05

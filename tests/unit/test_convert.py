@@ -220,7 +220,7 @@ def test_a_real_familys_prompt_is_the_trained_templates_token_for_token(name):
             assert bos + render_go(template, turns) == render(tokenizer, messages, add_generation_prompt=True)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(system=st.one_of(st.just(""), WORDS), said=st.lists(WORDS, min_size=1, max_size=7).filter(lambda s: len(s) % 2))
 def test_any_words_are_written_as_the_template_writes_them(system, said):
     for name in ("chatml", "plain", "default system", "bos first"):
