@@ -133,7 +133,7 @@ def pack(lengths: Indices, limit: int, *, seed: int) -> list[Indices]:
 def choose_batching(lengths: Indices, batch: int, *, seed: int) -> Literal["random", "grouped"]:
     """Return what `train.batching: auto` means for these rows: grouped where that saves real work, else random.
 
-    Rows of one length are often rows of one kind, and batches of one kind teach worse (docs/experiments.md).
+    Rows of one length are often rows of one kind, so they are mixed where grouping saves little.
 
     Args:
         lengths: tokens of each row, [rows].

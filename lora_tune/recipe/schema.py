@@ -108,7 +108,7 @@ class DataSection(Section):
     """Largest share of the trained tokens that may be lost to `max_seq_tokens`; above it the run stops before it starts."""
 
     max_bad_rows: Annotated[int, Field(ge=0)] = 0
-    """So many rows that cannot be used may be left out, each named; with more the run stops before it starts."""
+    """So many rows that cannot be used may be left out, the first 20 named; with more the run stops before it starts."""
 
     eval_split: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
     """Share of the rows held out for evaluation, chosen by `train.seed`."""

@@ -169,7 +169,7 @@ def _adapter(folder, base, **passport):
         "base": PASSPORT["base"] | fingerprint(base).as_dict(),
         "tokenizer": tokenizer_digest(tokenizer_files(base), chat_template=template or CHATML)
         | {"own_template": template},
-        "lora": PASSPORT["lora"] | {"targets": ["q_proj"]},
+        "lora": PASSPORT["lora"] | {"targets": ["q_proj"], "n_parameters": 2 * 2 * (64 + 64)},
         **passport,
     }
     (folder / FILE_NAME).write_text(json.dumps(facts))
