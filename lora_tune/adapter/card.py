@@ -308,8 +308,14 @@ def _peft_lines(base: str, place: str) -> list[str]:
 def _vllm(manifest: AdapterManifest, place: str) -> list[str]:
     base, lora = manifest.base, manifest.lora
     rank = least_vllm_rank(lora.rank)
-    if lora.variant == "dora" or rank is None:
-        why = "DoRA" if lora.variant == "dora" else f"rank {lora.rank}"
+    if lora.variant == "dora" or rank is None or base.quantization == "int8":
+        why = (
+            "DoRA"
+            if lora.variant == "dora"
+            else f"rank {lora.rank}"
+            if rank is None
+            else "a base in bitsandbytes' int8"
+        )
         merge = [f"lora-tune merge {shlex.quote(place)} MERGED", "vllm serve MERGED"]
         return [f"vLLM does not load {why}; merge it into the base first:", "", *_fence("sh", merge)]
     name = base.name if base.revision else _BASE_HERE
@@ -321,10 +327,14 @@ def _vllm(manifest: AdapterManifest, place: str) -> list[str]:
     notes = [
         *([f"Its chat template is its own, not the base's: save `tokenizer.own_template` of `{FILE_NAME}` as `template.jinja`."] if own else []),
         *(["Send its system message with every request: it was never trained without it."] if manifest.data.system_message else []),
-        *([f"It was trained on the {base.quantization} base; on the full-precision one its answers differ slightly."] if base.quantization != "none" else []),
     ]  # fmt: skip
+    held = " --quantization bitsandbytes" if base.quantization == "nf4" else ""
+    if held:
+        notes.append(
+            "It was trained on the nf4 base, which `--quantization bitsandbytes` holds; without it, it answers otherwise than it was trained."
+        )
     command = (
-        f"vllm serve {shlex.quote(name)}{revision} --enable-lora --max-lora-rank {rank} "
+        f"vllm serve {shlex.quote(name)}{revision}{held} --enable-lora --max-lora-rank {rank} "
         f"--lora-modules {shlex.quote(f'{called}={place}')}{template}"
     )
     return ["With vLLM:", "", *_fence("sh", [command]), *([" ".join(notes), ""] if notes else [])]

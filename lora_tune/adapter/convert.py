@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 from lora_tune.adapter.door import CONFIG, WEIGHTS, AdapterFiles, open_adapter, read_weights
 from lora_tune.adapter.live import base_section, check_belongs
 from lora_tune.adapter.manifest import FILE_NAME, dump_manifest
+from lora_tune.adapter.portability import BY_TRANSFORMERS, MERGE_ONTO_TRAINED
 from lora_tune.errors import AdapterError, AdapterMismatchError, RefusedError, UsageError
 from lora_tune.model.dense import BaseFiles, ready_base
 from lora_tune.model.fingerprint import TensorInfo, file_digest
 from lora_tune.model.resolve import Progress
+from lora_tune.model.shards import check_room
 from lora_tune.staging import staged_folder
 
 Engine = Literal["gguf", "ollama", "mlx", "peft"]
@@ -120,6 +122,7 @@ def export_adapter_to(
         raise UsageError(f"--to is {to!r}; known: {', '.join(ENGINES)}")
     if base_dtype is not None and to != "ollama":
         raise UsageError(f"--to {to} writes no base, so there is no dtype to choose for it")
+    check_room(out, 0)
     pairs = lora_pairs(adapter)
     if to != "mlx":
         _refuse_dora(adapter, to)
@@ -131,6 +134,7 @@ def export_adapter_to(
         else:
             on_base = AdapterOnBase(adapter, pairs, base)
             written = _write(on_base, stage, progress, to=to, base_dtype=base_dtype)
+        written = replace(written, notes=(*written.notes, *_base_notes(adapter, to)))
         if adapter.manifest is not None and to != "peft":
             (stage / FILE_NAME).write_text(dump_manifest(adapter.manifest), encoding="utf-8")
         files = tuple(sorted(path.name for path in stage.iterdir()))
@@ -225,6 +229,18 @@ def _base_of(adapter: AdapterFiles, base_name: str | None, progress: Progress) -
     return files
 
 
+def _base_notes(adapter: AdapterFiles, to: Engine) -> tuple[str, ...]:
+    """Return what to know of the base when it was quantized while training; ollama's folder holds the right one."""
+    held = adapter.manifest.base.quantization if adapter.manifest else "none"
+    if held == "none" or to == "ollama":
+        return ()
+    own_way = f", or load the base with quantization_config={BY_TRANSFORMERS[held]}" if to == "peft" else ""
+    return (
+        f"it was trained on the {held} base: on the full-precision one it answers otherwise than it was trained; "
+        f"{MERGE_ONTO_TRAINED}{own_way}",
+    )
+
+
 def _named_base(adapter: AdapterFiles) -> str:
     return adapter.manifest.base.name if adapter.manifest else adapter.base_name
 
@@ -295,7 +311,9 @@ def _write_passport(adapter: AdapterFiles, stage: Path, *, alpha: float) -> None
     """Write the passport with the new files' digests; what it says of base, data and behaviour still holds."""
     if adapter.manifest is None:
         return
-    lora = adapter.manifest.lora.model_copy(update={"variant": "lora", "alpha": float(alpha)})
+    lora = adapter.manifest.lora.model_copy(
+        update={"variant": "lora", "alpha": float(alpha), "scaling": alpha / adapter.shape.rank}
+    )
     digests = {"weights_digest": file_digest(stage / WEIGHTS), "config_digest": file_digest(stage / CONFIG)}
     manifest = adapter.manifest.model_copy(update={"lora": lora, **digests})
     (stage / FILE_NAME).write_text(dump_manifest(manifest), encoding="utf-8")

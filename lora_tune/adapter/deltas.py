@@ -1,20 +1,34 @@
-"""The change of one weight by adapters: which tensor of the base a layer is, and what its weight becomes.
+"""What adapters change of a base: which of its tensors a layer is, what each weight becomes, and the plan of a merge.
 
 Computed from the files alone, in fp32; no model is built.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lora_tune.adapter.door import AdapterFiles, read_weights
-from lora_tune.adapter.live import tail_of
-from lora_tune.errors import AdapterMismatchError, RefusedError
+from lora_tune.adapter.live import (
+    CONV1D_FAMILIES,
+    HEADS,
+    base_section,
+    check_belongs,
+    is_turned,
+    own_template,
+    tail_of,
+)
+from lora_tune.adapter.receipt import Onto
+from lora_tune.errors import AdapterMismatchError, RefusedError, UsageError
+from lora_tune.model.dense import BaseFiles, ready_base
+from lora_tune.model.fingerprint import read_config
+from lora_tune.model.load import Dtype, detect_device, place
+from lora_tune.model.quantization import quantized_layers
+from lora_tune.model.resolve import Progress
+from lora_tune.model.shards import stored_tensors
+from lora_tune.recipe.schema import BaseSection
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_HEADS = ("lm_head", "embed_out")
-"""What transformers' models call their output head."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +177,7 @@ def check_change(files: AdapterFiles, module: str, name: str, *, shape: tuple[in
     wide_out = files.tensors[f"base_model.model.{module}.lora_B.weight"].shape[0]
     if shape != (wide_out, wide_in):
         raise AdapterMismatchError(
-            f"{module} is {wide_in} → {wide_out} in {files.folder.name}, but {name} in the base is {shape[1]} → {shape[0]}",
+            f"{module} is {wide_in} → {wide_out} in {files.folder}, but {name} in the base is {shape[1]} → {shape[0]}",
             hint="merge it into the base it was trained on",
         )
 
@@ -174,7 +188,7 @@ def check_not_tied(module: str, base: Path) -> None:
     Raises:
         RefusedError: it is; merged, the change would change the embeddings too (exit 77).
     """
-    if module.rsplit(".", 1)[-1] not in _HEADS:
+    if module.rsplit(".", 1)[-1] not in HEADS:
         return
     from transformers import AutoConfig
 
@@ -183,3 +197,130 @@ def check_not_tied(module: str, base: Path) -> None:
             f"the adapter changes {module}, whose weight this base shares with its embeddings; merged, it would change both",
             hint="use the adapter as it is, with its base",
         )
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Everything that is decided before anything is written."""
+
+    adapters: tuple[tuple[AdapterFiles, float], ...]
+    base: BaseSection
+    """As it was held while training; full precision when the adapters were trained on bases held differently."""
+    base_name: str | None
+    base_files: BaseFiles
+    onto: Onto
+    dtype: Dtype
+    """That is written."""
+    computed: Dtype
+    """That the base computed in while training."""
+    changed: Mapping[str, tuple[tuple[int, str], ...]]
+    """Name of a tensor → (number of the adapter, its layer), for each adapter that changes it."""
+    quantized: Mapping[str, bool]
+    """Name of a tensor that was held in 4 or 8 bit while training → it is stored as [in, out]."""
+    conv1d: bool
+    """The adapted layers' weights are stored as [in, out], but for the head's."""
+    template_text: str | None
+    """The chat template, when it is not the base's own."""
+
+
+def plan_merge(
+    adapters: Sequence[tuple[AdapterFiles, float]],
+    progress: Progress,
+    *,
+    onto: Onto,
+    base_name: str | None = None,
+    dtype: Dtype | None = None,
+) -> MergePlan:
+    """Return what will be written, after every check that needs no model.
+
+    Raises:
+        AdapterMismatchError, RefusedError: as merge_adapters (exit 77).
+        UsageError: there is no adapter, or a weight is 0 (exit 2).
+    """
+    _refuse_together(adapters)
+    sections = [base_section(files, base_name) for files, _ in adapters]
+    base = sections[0]
+    if len({section.quantization for section in sections}) > 1:
+        if onto == "trained":
+            raise RefusedError(
+                f"these adapters were trained on bases held differently: {', '.join(s.quantization for s in sections)}",
+                hint="merge them onto the full-precision weights: --onto original",
+            )
+        base = base.model_copy(update={"quantization": "none"})
+    base_files = ready_base(base, progress)
+    for files, _ in adapters:
+        check_belongs(files, base_files)
+    plan = plan_base(base, base_files, onto=onto)
+    return replace(
+        plan,
+        adapters=tuple(adapters),
+        base_name=base_name,
+        dtype=dtype or plan.computed,
+        changed=_changed_tensors(adapters, plan),
+        template_text=own_template(adapters[0][0]),
+    )
+
+
+def plan_base(base: BaseSection, base_files: BaseFiles, *, onto: Onto = "trained") -> MergePlan:
+    """Return the plan that writes the base alone: onto `trained` as it was while training, dequantized."""
+    shapes = _shapes(base_files)
+    layers = quantized_layers(base_files.folder, base.quantization) if onto == "trained" else {}
+    computed = place(detect_device(), base).dtype
+    return MergePlan(
+        adapters=(),
+        base=base,
+        base_name=None,
+        base_files=base_files,
+        onto=onto,
+        dtype=computed,
+        computed=computed,
+        changed={},
+        quantized={name: layers[path] for path, name in base_tensors(layers, shapes).items()},
+        conv1d=read_config(base_files.folder).get("model_type") in CONV1D_FAMILIES,
+        template_text=None,
+    )
+
+
+def _changed_tensors(
+    adapters: Sequence[tuple[AdapterFiles, float]], plan: MergePlan
+) -> dict[str, tuple[tuple[int, str], ...]]:
+    shapes, changed = _shapes(plan.base_files), dict[str, tuple[tuple[int, str], ...]]()
+    for number, (files, _) in enumerate(adapters):
+        for module, name in base_tensors(files.shape.modules, shapes).items():
+            turned = is_turned(module, conv1d=plan.conv1d)
+            check_change(files, module, name, shape=shapes[name][::-1] if turned else shapes[name])
+            check_not_tied(module, plan.base_files.folder)
+            changed[name] = (*changed.get(name, ()), (number, module))
+    return changed
+
+
+def _shapes(files: BaseFiles) -> dict[str, tuple[int, ...]]:
+    return {name: stored.info.shape for name, stored in stored_tensors(files.folder).items()}
+
+
+def _refuse_together(adapters: Sequence[tuple[AdapterFiles, float]]) -> None:
+    if not adapters or not all(0 < abs(weight) <= 1000 for _, weight in adapters):
+        raise UsageError(
+            "merging takes at least one adapter, each with a weight other than 0, between -1000 and 1000",
+            hint="leave out the adapters that are not wanted",
+        )
+    names = [adapter_name(files) for files, _ in adapters]
+    dora = [name for name, (files, _) in zip(names, adapters, strict=True) if files.shape.variant == "dora"]
+    if dora and (len(adapters) > 1 or adapters[0][1] != 1.0):
+        raise RefusedError(
+            f"{dora[0]} is a DoRA adapter: it sets the length of each row, which cannot be added up or weighted",
+            hint="merge it alone, with weight 1",
+        )
+    if len({own_template(files) for files, _ in adapters}) > 1:
+        raise RefusedError(
+            f"{', '.join(names)} were trained with different chat templates; one model has one",
+            hint="merge adapters that were trained with the same data.chat_template",
+        )
+
+
+def adapter_name(adapter: AdapterFiles) -> str:
+    """Return the adapter's own name; without a passport its folder's, of a registry's version as `name@number`."""
+    if adapter.manifest is not None:
+        return adapter.manifest.name
+    folder = adapter.folder.resolve()
+    return f"{folder.parent.name}@{folder.name}" if folder.name.isdigit() else folder.name

@@ -19,6 +19,7 @@ from lora_tune.adapter.lowrank import Kept, LowRank, total
 from lora_tune.adapter.manifest import FILE_NAME, AdapterManifest, DataFacts, LoraFacts, MadeFrom, dump_manifest
 from lora_tune.adapter.parents import Reference, answer_logits
 from lora_tune.adapter.probes import record_probes
+from lora_tune.adapter.receipt import kl_bound
 from lora_tune.adapter.safetensors_header import MAX_WEIGHT
 from lora_tune.errors import AdapterError, TrainingError, UsageError
 from lora_tune.model.dense import quiet
@@ -27,7 +28,10 @@ from lora_tune.model.resolve import Progress
 from lora_tune.staging import staged_folder
 
 EXACT_KL = {"fp32": 1e-6, "bf16": 1e-2, "int8": 1e-2}
-"""Largest mean KL divergence (nats a token) of what must be exact, by how the base computes: rounding, no more."""
+"""Largest mean KL divergence (nats a token) of what must be exact, by how the base computes: rounding, no more.
+
+It is also at most a tenth of what the parents' sum changes: see kl_bound.
+"""
 
 
 @dataclass(frozen=True)
@@ -143,12 +147,20 @@ def _mean_kl(before: Sequence[Any], after: Sequence[Any]) -> float:
 
 
 def _check_exact(reference: Reference, derived: Derived, report: DerivedReport) -> None:
-    bound = EXACT_KL["int8" if reference.live.base.quantization == "int8" else reference.dtype]
-    if derived.exact and not report.kl <= bound:
+    if not derived.exact:
+        return
+    rounding = EXACT_KL["int8" if reference.live.base.quantization == "int8" else reference.dtype]
+    with reference.live.model.disable_adapter():
+        alone = answer_logits(reference.live.model, reference.probes)
+    effect = _mean_kl(reference.logits, alone)
+    bound = kl_bound(rounding, effect)
+    if not report.kl <= bound:
         raise TrainingError(
-            f"the new adapter differs from what it was made from by a KL divergence of {report.kl:.3g} nats a token; "
-            f"at most {bound:g} is rounding, so nothing was written",
-            hint="please report it, with the adapters' passports",
+            f"the new adapter differs from what it was made from by a KL divergence of {report.kl:.3g} nats a token; at most "
+            f"{bound:.3g} is let through (together they change {effect:.3g}), so nothing was written",
+            hint="merge them into the base instead: lora-tune merge, with --dtype fp32"
+            if bound < rounding
+            else "please report it, with the adapters' passports",
         )
 
 

@@ -22,8 +22,8 @@ from pydantic import ValidationError
 from lora_tune.adapter.manifest import FILE_NAME, AdapterManifest, first_problem, has_control, read_manifest
 from lora_tune.adapter.safetensors_header import NAME, read_checked_header, refuse_bomb, scan_tensors, strict_json
 from lora_tune.errors import AdapterError, AdapterMismatchError, MissingInputError
-from lora_tune.model.fingerprint import TensorInfo
-from lora_tune.recipe.schema import Recipe
+from lora_tune.model.fingerprint import TensorInfo, canonical_digest
+from lora_tune.recipe.schema import NAME_PATTERN, Recipe
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -98,6 +98,14 @@ class AdapterFiles:
     weights_digest: str
     config_digest: str
     weights_bytes: int
+
+    @property
+    def label(self) -> str:
+        """What a message or a note calls it: `name@number` of a folder as a registry has them, else the folder's name."""
+        folder = self.folder.resolve()
+        is_version = folder.name.isdecimal() and re.fullmatch(NAME_PATTERN, folder.parent.name)
+        name = f"{folder.parent.name}@{folder.name}" if is_version else folder.name
+        return "unnamed" if not name or has_control(name) else name
 
 
 def open_adapter(folder: Path) -> AdapterFiles:
@@ -309,7 +317,23 @@ def _read_passport(path: Path) -> AdapterManifest | None:
             hint="the passport was changed or is of another version",
             where=str(path),
         ) from err
-    return manifest.model_copy(update={"recipe": recipe.model_dump(mode="json")})
+    # The name becomes a folder's name, a file's, a line in other programs' files.
+    if not re.fullmatch(NAME_PATTERN, manifest.name):
+        raise AdapterError(
+            f"{path}: name is {_shown(manifest.name)}; expected lower-case letters, digits and hyphens, at most 63",
+            hint="do not use this adapter, or ask its author for another name",
+            where=str(path),
+        )
+    found = canonical_digest(manifest.recipe)
+    if found != manifest.recipe_digest:
+        raise AdapterMismatchError(
+            f"{path}: recipe_digest is {manifest.recipe_digest[:12]}…, but its recipe has {found[:12]}…",
+            hint="the passport was changed after the adapter was exported; fetch or export it again",
+            where="recipe_digest",
+        )
+    # A recipe of an older version lacks the settings that came since; whoever writes it anew writes what is here.
+    resolved = recipe.model_dump(mode="json")
+    return manifest.model_copy(update={"recipe": resolved, "recipe_digest": canonical_digest(resolved)})
 
 
 def _check_passport(files: AdapterFiles) -> None:

@@ -140,7 +140,7 @@ def _turn(turn: Mapping[str, Any]) -> dict[str, Any]:
 
 def _over_the_limit(reason: str) -> AdapterError:
     return AdapterError(
-        f"the chat template that the adapter brings was stopped: {reason}",
+        f"the chat template that this model or adapter brings was stopped: {reason}",
         hint="do not use this adapter; its template is no ordinary chat template",
         where="tokenizer.own_template",
     )

@@ -4,6 +4,7 @@ A family is written only where reading the file back gives the model that was wr
 Source: llama.cpp's convert_lora_to_gguf.py and conversion/{llama,qwen,gemma}.py; names from the `gguf` package.
 """
 
+import errno
 import math
 import os
 import tempfile
@@ -19,7 +20,7 @@ from lora_tune.adapter.convert import AdapterOnBase, GgufDtype, Matrix, as_float
 from lora_tune.adapter.gguf_words import add_vocabulary, read_vocabulary
 from lora_tune.errors import CannotCreateError, DataError, MissingInputError, RefusedError, UsageError
 from lora_tune.model.dense import quiet
-from lora_tune.model.fingerprint import TensorInfo, read_config, read_header, weight_files
+from lora_tune.model.fingerprint import TensorInfo, read_header, weight_files
 from lora_tune.model.resolve import refuse_unfit
 from lora_tune.staging import translated
 
@@ -82,7 +83,7 @@ def write_adapter_gguf(on_base: AdapterOnBase, path: Path) -> None:
     """
     import gguf
 
-    config, adapter = read_config(on_base.base.folder), on_base.files
+    config, adapter = _full_config(on_base.base.folder), on_base.files
     family = _family(config)
     names = _names(family, config)
     writer = gguf.GGUFWriter(path, family.architecture)
@@ -156,6 +157,18 @@ def model_to_gguf(folder: Path, out: Path, *, dtype: GgufDtype, tokenizer: Any =
         finally:
             writer.close()
     return out
+
+
+def window_note(folder: Path) -> str | None:
+    """Return what a model's file leaves out of its context, in words; None when that is nothing."""
+    config = _full_config(folder)
+    context = config.get("max_position_embeddings")
+    if context is None or _context(config) == context:
+        return None
+    return (
+        f"its context is {_context(config)} tokens instead of {context}: beyond that the model sees a window only, "
+        "which llama.cpp does not compute for it"
+    )
 
 
 def held_dtype(folder: Path) -> GgufDtype:
@@ -263,11 +276,7 @@ def _refuse_unproven(family: Family, config: Mapping[str, Any]) -> None:
 def _add_shape(writer: Any, family: Family, config: Mapping[str, Any]) -> None:
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    context = config["max_position_embeddings"]
-    if config["model_type"] == "mistral" and config.get("sliding_window"):
-        # llama.cpp's Llama has no window: inside one, it computes the same.
-        context = min(context, config["sliding_window"])
-    writer.add_context_length(context)
+    writer.add_context_length(_context(config))
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_feed_forward_length(config["intermediate_size"])
@@ -283,6 +292,14 @@ def _add_shape(writer: Any, family: Family, config: Mapping[str, Any]) -> None:
         writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
         writer.add_final_logit_softcapping(config["final_logit_softcapping"])
         writer.add_sliding_window(config["sliding_window"])
+
+
+def _context(config: Mapping[str, Any]) -> int:
+    context: int = config["max_position_embeddings"]
+    if config["model_type"] == "mistral" and config.get("sliding_window"):
+        # llama.cpp's Llama has no window: inside one, it computes the same.
+        context = min(context, config["sliding_window"])
+    return context
 
 
 def _pieces(folder: Path, family: Family, config: Mapping[str, Any], dtype: GgufDtype) -> list[_Piece]:
@@ -360,10 +377,21 @@ def _staged_file(final: Path) -> Iterator[Path]:
         with stage.open("rb") as stream:
             os.fsync(stream.fileno())
         stage.chmod(0o644)
-        os.link(stage, final)  # unlike a rename, it replaces nothing
+        _put_in_place(stage, final)
     except OSError as err:
         raise translated(err, final) from err
     finally:
         if stage is not None:
             with suppress(OSError):
                 stage.unlink(missing_ok=True)
+
+
+def _put_in_place(stage: Path, final: Path) -> None:
+    try:
+        os.link(stage, final)  # unlike a rename, it replaces nothing
+    except FileExistsError:
+        raise
+    except OSError:  # a disk without hard links
+        if final.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+        stage.rename(final)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_tune.adapter.fence import fence_template
 from lora_tune.data.messages import Message
 from lora_tune.data.rendering import LossMaskError, render
 from lora_tune.data.tokens import end_of_turn_ids
@@ -120,7 +121,8 @@ def _read_tokenizer(folder: Path) -> Any:
         raise MissingInputError(f"no tokenizer can be read from {folder}: {err}", where=str(folder)) from err
     if not tokenizer.is_fast:
         raise MissingInputError(f"{folder} has no fast tokenizer (tokenizer.json)", where=str(folder))
-    return tokenizer
+    # A folder on this machine may hold anyone's template; it is rendered to see how it begins and ends.
+    return fence_template(tokenizer)
 
 
 def _words(tokenizer: Any, described: Mapping[str, Any], rows: int) -> tuple[tuple[str, ...], tuple[int, ...]]:

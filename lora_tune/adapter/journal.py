@@ -1,7 +1,9 @@
 """`journal.jsonl`: what happened to a registry's versions and aliases, one line each, only ever appended to.
 
-A line that is cut off, damaged or of a kind not known here is passed over: it costs that line only. Which versions
-there are is said by their folders; what was removed, and where aliases point, is said here alone.
+A line that is damaged or of a kind not known here costs that line only, and is counted: it may have moved an alias. An
+end without a line break is no damage: an event counts only once its whole line is synced, so what a crash cut off was
+never promised to anyone. Which versions there are is said by their folders; what was removed, and where aliases point,
+is said here alone.
 """
 
 import errno
@@ -27,6 +29,8 @@ _MAX_LINE_BYTES = 64 * 1024
 _MAX_PATH_CHARS = 4096
 _LAST_SECOND = 253_402_300_799
 """Of the year 9999, the last that a date can show."""
+_CUT_OFF = b"\x18"
+"""What ends a line that a crash cut off (ASCII's CANCEL, which no JSON holds), so that it is not taken for damage."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _SAFELY = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -56,6 +60,10 @@ class State:
     """Where each alias pointed, oldest first; the last is where it points. What was rolled back is not in it."""
     last_numbers: Mapping[str, int] = field(default_factory=dict)
     """By name, the highest number that any event knows: a number is never given twice."""
+    unread: tuple[int, ...] = ()
+    """Numbers of the lines that were passed over."""
+    doubtful: frozenset[str] = frozenset()
+    """Aliases that have not been moved since such a line: it may have moved them."""
 
 
 def read_state(root: Path) -> State:
@@ -68,13 +76,21 @@ def read_state(root: Path) -> State:
     return fold(_read_events(root))
 
 
-def fold(events: Iterable[Mapping[str, Any]]) -> State:
-    """Return what the events come to, oldest first; what is not plainly one of ours changes nothing."""
+def fold(events: Iterable[Mapping[str, Any] | None]) -> State:
+    """Return what the events come to, oldest first; what is not plainly one of ours changes nothing, and is counted.
+
+    Args:
+        events: one for each line; None for a line that never said anything.
+    """
     arrivals: dict[Key, Arrival] = {}
     removed: set[Key] = set()
     histories: dict[str, list[Key]] = {}
     last_numbers: dict[str, int] = {}
-    for event in events:
+    unread: list[int] = []
+    doubtful: set[str] = set()
+    for line, event in enumerate(events, 1):
+        if event is None:
+            continue
         kind, key, alias = event.get("event"), _key(event), _name(event.get("alias"))
         if key is not None:
             last_numbers[key[0]] = max(key[1], last_numbers.get(key[0], 0))
@@ -84,12 +100,15 @@ def fold(events: Iterable[Mapping[str, Any]]) -> State:
             removed.add(key)
         elif alias is not None and kind == "removed":
             histories.pop(alias, None)
-        elif key is not None and alias is not None and kind == "promoted":
-            histories.setdefault(alias, []).append(key)
-        elif key is not None and alias is not None and kind == "rolled_back":
-            _roll_back(histories.setdefault(alias, []), key)
+            doubtful.discard(alias)
+        elif key is not None and alias is not None and kind in ("promoted", "rolled_back"):
+            _move(histories.setdefault(alias, []), key, back=kind == "rolled_back")
+            doubtful.discard(alias)
+        else:
+            unread.append(line)
+            doubtful.update(histories)
     aliases = {alias: tuple(history) for alias, history in histories.items()}
-    return State(arrivals, frozenset(removed), aliases, last_numbers)
+    return State(arrivals, frozenset(removed), aliases, last_numbers, tuple(unread), frozenset(doubtful))
 
 
 def append(root: Path, event: Mapping[str, Any]) -> None:
@@ -102,9 +121,7 @@ def append(root: Path, event: Mapping[str, Any]) -> None:
     descriptor = _open_regular(root / FILE_NAME, os.O_RDWR | os.O_APPEND | os.O_CREAT)
     try:
         before = os.fstat(descriptor).st_size
-        # A crash may have cut the last line off; what follows it begins on a line of its own.
-        torn = before > 0 and os.pread(descriptor, 1, before - 1) != b"\n"
-        line = (b"\n" if torn else b"") + json.dumps(event, sort_keys=True).encode() + b"\n"
+        line = _line_end(descriptor, before) + json.dumps(event, sort_keys=True).encode() + b"\n"
         try:
             if os.write(descriptor, line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -116,6 +133,16 @@ def append(root: Path, event: Mapping[str, Any]) -> None:
         os.close(descriptor)
     if before == 0:
         _sync_folder(root)
+
+
+def _line_end(descriptor: int, n_bytes: int) -> bytes:
+    """Return what ends the last line, which a crash may have cut off: what follows it begins on a line of its own."""
+    start = max(0, n_bytes - _MAX_LINE_BYTES)
+    tail = os.pread(descriptor, n_bytes - start, start).rpartition(b"\n")[2]
+    if not tail:
+        return b""
+    # Whole but for its line break, it counts already.
+    return b"\n" if _parsed(tail) is not None else _CUT_OFF + b"\n"
 
 
 def check_appendable(root: Path) -> None:
@@ -139,7 +166,8 @@ def journal_bytes(root: Path) -> int:
         return 0
 
 
-def _read_events(root: Path) -> Iterator[dict[str, Any]]:
+def _read_events(root: Path) -> Iterator[dict[str, Any] | None]:
+    """Yield what each line says: None for a blank or cut off one, an empty event for one that cannot be read."""
     path = root / FILE_NAME
     try:
         descriptor = _open_regular(path, os.O_RDONLY)
@@ -158,9 +186,12 @@ def _read_events(root: Path) -> Iterator[dict[str, Any]]:
         whole = True
         while piece := stream.readline(_MAX_LINE_BYTES):
             begins, whole = whole, piece.endswith(b"\n")
-            # A piece of a line that is longer than any of ours is neither its beginning nor all of it.
-            if begins and (whole or len(piece) < _MAX_LINE_BYTES) and (event := _parsed(piece)) is not None:
-                yield event
+            if begins:
+                # A line that is longer than any of ours comes in pieces, and none of them is all of it.
+                fits = whole or len(piece) < _MAX_LINE_BYTES
+                event = _parsed(piece) if fits else None
+                says_nothing = fits and (not whole or not piece.strip() or piece.endswith(_CUT_OFF + b"\n"))
+                yield event if event is not None or says_nothing else {}
 
 
 def _open_regular(path: Path, flags: int) -> int:
@@ -213,9 +244,9 @@ def _arrival(event: Mapping[str, Any]) -> Arrival:
     )
 
 
-def _roll_back(history: list[Key], key: Key) -> None:
-    """Take the last promotion back; the event itself says where the alias points then, whatever lines were lost."""
-    if history:
+def _move(history: list[Key], key: Key, *, back: bool) -> None:
+    """Move an alias; the event itself says where it points then, whatever lines were lost."""
+    if back and history:
         history.pop()
     if not history or history[-1] != key:
         history.append(key)

@@ -1,7 +1,7 @@
 """A base and an adapter in memory, checked against the adapter's passport before anything is answered."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +20,15 @@ from lora_tune.model.fingerprint import (
     tokenizer_digest,
     tokenizer_files,
 )
-from lora_tune.model.load import detect_device, load_base, load_tokenizer, place
+from lora_tune.model.load import Dtype, detect_device, load_base, load_tokenizer, place
 from lora_tune.model.resolve import Progress, locate
 from lora_tune.recipe.schema import BaseSection
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 CONV1D_FAMILIES = ("gpt2", "openai-gpt")
-"""Model types whose layers hold their weights as [in, out]."""
+"""Model types whose layers hold their weights as [in, out]; see `is_turned`."""
+HEADS = ("lm_head", "embed_out")
+"""What transformers' models call their output head; it is a Linear in every family."""
 _NUMBERED = re.compile(r"(?:^|\.)([^.]+\.\d+\..+)$")
 """What stands in a name from its first numbered part on, `layers.0.…`: the same in a file and in the model."""
 
@@ -49,6 +51,7 @@ def open_live(
     *,
     base_name: str | None = None,
     quantization: Literal["none", "nf4", "int8"] | None = None,
+    dtype: Dtype | None = None,
 ) -> LiveModel:
     """Return the adapter on its base.
 
@@ -59,6 +62,7 @@ def open_live(
         progress: told what is being done.
         base_name: another place of the same base (a folder, say); None takes the passport's.
         quantization: how to hold the base in memory; None holds it as when the adapter was trained.
+        dtype: what to compute in; None takes what the recipe asked for.
 
     Raises:
         AdapterMismatchError: base, tokenizer or template are not those it was trained with (exit 77).
@@ -68,10 +72,12 @@ def open_live(
     section = base_section(adapter, base_name)
     if quantization is not None:
         section = section.model_copy(update={"quantization": quantization})
+    if dtype is not None:
+        section = section.model_copy(update={"dtype": dtype})
     files = ready_base(section, progress)
     check_belongs(adapter, files)
     tokenizer = load_tokenizer(files, template_text=own_template(adapter))
-    if own_template(adapter) is not None:
+    if own_template(adapter) is not None or not _is_builtin(section):
         tokenizer = fence_template(tokenizer)
     with quiet():
         base = load_base(files, section)
@@ -85,10 +91,35 @@ def open_live(
     return LiveModel(model, tokenizer, section, files, adapter)
 
 
+def add_adapters(live: LiveModel, others: Sequence[AdapterFiles]) -> list[str]:
+    """Put more adapters beside the first one, and return the names of all in the model, in this order."""
+    names = ["default"]
+    for number, files in enumerate(others, start=1):
+        names.append(f"adapter{number}")
+        adapter_dtype = place(detect_device(), live.base).adapter_dtype
+        attach_adapter(live.model, files, name=names[-1], adapter_dtype=adapter_dtype)
+    return names
+
+
+def activate_sum(live: LiveModel, weights: Mapping[str, float]) -> None:
+    """Make these adapters the active ones, each times its weight, which is asked once: peft adds their outputs up."""
+    live.model.base_model.set_adapter(list(weights))
+    for module in live.model.modules():
+        scaling = getattr(module, "scaling", None)
+        if isinstance(scaling, dict):  # peft's layers; attention layers have a plain number of that name
+            for name in weights.keys() & scaling.keys():
+                scaling[name] *= weights[name]
+
+
 def open_base(section: BaseSection, progress: Progress, *, template_text: str | None = None) -> LiveModel:
-    """Return the base alone, with its own chat template or another one's text."""
+    """Return the base alone, with its own chat template or another one's text.
+
+    A template that comes with a base which is not built in is a stranger's program, and is fenced.
+    """
     files = ready_base(section, progress)
     tokenizer = load_tokenizer(files, template_text=template_text)
+    if template_text is None and not _is_builtin(section):
+        tokenizer = fence_template(tokenizer)
     return LiveModel(load_base(files, section), tokenizer, section, files, None)
 
 
@@ -126,6 +157,10 @@ def base_section(adapter: AdapterFiles, base_name: str | None = None) -> BaseSec
         # What the recipe asked for, not what `auto` chose on the machine that trained it.
         dtype=manifest.recipe["base"]["dtype"] if manifest else "auto",
     )
+
+
+def _is_builtin(section: BaseSection) -> bool:
+    return section.name.startswith("builtin:")
 
 
 def _given_base(name: str) -> str:
@@ -181,7 +216,7 @@ def check_belongs(adapter: AdapterFiles, files: BaseFiles) -> None:
     if different:
         field = different[0]
         raise AdapterMismatchError(
-            f"{adapter.folder.name} was trained on {manifest.base.name}, but the one at hand differs in {', '.join(different)}: "
+            f"{adapter.folder} was trained on {manifest.base.name}, but the one at hand differs in {', '.join(different)}: "
             f"{field} is {found[field][:12]}…, the passport says {said[field][:12]}…",
             hint=f"use {manifest.base.name}{' at revision ' + manifest.base.revision if manifest.base.revision else ''} "
             "as it was, or train the adapter anew on this base",
@@ -195,7 +230,7 @@ def check_fits(files: AdapterFiles, base_shapes: Mapping[str, tuple[int, ...]], 
     Args:
         files: the adapter.
         base_shapes: tensor name → shape of the base, from its safetensors headers.
-        conv1d: the base's layers hold their weights as [in, out] (GPT-2's Conv1D), not as [out, in].
+        conv1d: the base's layers, but for its head, hold their weights as [in, out] (GPT-2's Conv1D), not as [out, in].
 
     Raises:
         AdapterMismatchError: a layer is missing or of other widths (exit 77).
@@ -212,12 +247,18 @@ def check_fits(files: AdapterFiles, base_shapes: Mapping[str, tuple[int, ...]], 
         rows_out = files.tensors[f"base_model.model.{module}.lora_B.weight"].shape[0]
         if not found:
             raise AdapterMismatchError(f"the adapter changes {module}, but the base has no such layer", hint=hint)
-        if ((rows_in, rows_out) if conv1d else (rows_out, rows_in)) not in found:
+        turned = is_turned(module, conv1d=conv1d)
+        if ((rows_in, rows_out) if turned else (rows_out, rows_in)) not in found:
             raise AdapterMismatchError(
                 f"{module} is {rows_in} → {rows_out} in the adapter, but its weight in the base is "
-                f"{' or '.join(map(str, found[:3]))}, {'[in, out]' if conv1d else '[out, in]'}",
+                f"{' or '.join(map(str, found[:3]))}, {'[in, out]' if turned else '[out, in]'}",
                 hint=hint,
             )
+
+
+def is_turned(module: str, *, conv1d: bool) -> bool:
+    """Return whether the layer's weight is stored as [in, out]: in a family of Conv1D layers every one but the head's."""
+    return conv1d and module.rsplit(".", 1)[-1] not in HEADS
 
 
 def tail_of(name: str) -> str:

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,29 +10,42 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from lora_tune.adapter.apply import attach_adapter
-from lora_tune.adapter.deltas import Factors, base_tensors, changed_weight, check_change, check_not_tied, open_factors
+from lora_tune.adapter.deltas import (
+    Factors,
+    MergePlan,
+    adapter_name,
+    changed_weight,
+    open_factors,
+    plan_base,
+    plan_merge,
+)
 from lora_tune.adapter.door import AdapterFiles
 from lora_tune.adapter.fence import fence_template
-from lora_tune.adapter.live import CONV1D_FAMILIES, base_section, check_belongs, open_live, own_template
+from lora_tune.adapter.live import activate_sum, add_adapters, is_turned, open_live
 from lora_tune.adapter.probes import replay_probes
-from lora_tune.adapter.receipt import Onto, Part, Receipt, Said, ask, difference, merged_card, same_prompts
-from lora_tune.errors import (
-    CannotCreateError,
-    CannotWriteError,
-    RefusedError,
-    TrainingError,
-    UsageError,
+from lora_tune.adapter.receipt import (
+    Heard,
+    Onto,
+    Part,
+    Receipt,
+    Said,
+    ask,
+    ask_with_and_without,
+    difference,
+    kl_bound,
+    merged_card,
+    same_prompts,
 )
-from lora_tune.model.dense import BaseFiles, quiet, ready_base
-from lora_tune.model.fingerprint import read_config
-from lora_tune.model.load import Dtype, detect_device, load_base, load_tokenizer, place, torch_dtype
-from lora_tune.model.quantization import compute_as_in_training, quantized_layers, round_trip
+from lora_tune.errors import AdapterMismatchError, RefusedError, TrainingError
+from lora_tune.model.dense import BaseFiles, quiet
+from lora_tune.model.load import MERGE_RECEIPT, Dtype, detect_device, load_base, load_tokenizer, place, torch_dtype
+from lora_tune.model.quantization import compute_as_in_training, round_trip
 from lora_tune.model.resolve import Progress
 from lora_tune.model.shards import (
     MAX_SHARD_BYTES,
     NewTensor,
     StoredTensor,
+    check_room,
     copy_beside,
     copy_pieces,
     main_dtype,
@@ -46,7 +58,10 @@ from lora_tune.recipe.schema import BaseSection
 from lora_tune.staging import staged_folder
 
 MAX_KL = {"fp32": 1e-6, "bf16": 1e-2}
-"""Largest mean KL divergence (nats a token) between adapter and merged model, by the dtype that is written."""
+"""Largest mean KL divergence (nats a token) between adapter and merged model, by the dtype that is written.
+
+It is also at most a tenth of what the adapter changes: see kl_bound.
+"""
 
 MAX_KL_INT8 = 5e-2
 """The same onto int8 weights on a GPU: there the inputs of every layer are rounded to 8 bit too, which no weight can hold."""
@@ -58,32 +73,17 @@ _WRITTEN = {"bf16": ("BF16", "bfloat16"), "fp32": ("F32", "float32")}
 """safetensors' and torch's name of a dtype."""
 
 
-@dataclass(frozen=True)
-class MergePlan:
-    """Everything that is decided before anything is written."""
-
-    adapters: tuple[tuple[AdapterFiles, float], ...]
-    base: BaseSection
-    """As it was held while training; full precision when the adapters were trained on bases held differently."""
-    base_name: str | None
-    base_files: BaseFiles
-    onto: Onto
-    dtype: Dtype
-    changed: Mapping[str, tuple[tuple[int, str], ...]]
-    """Name of a tensor → (number of the adapter, its layer), for each adapter that changes it."""
-    quantized: Mapping[str, bool]
-    """Name of a tensor that was held in 4 or 8 bit while training → it is stored as [in, out]."""
-    conv1d: bool
-    """The adapted layers' weights are stored as [in, out]."""
-    template_text: str | None
-    """The chat template, when it is not the base's own."""
-
-
 def merge_adapter(
-    adapter: AdapterFiles, out: Path, progress: Progress, *, onto: Onto, base_name: str | None = None
+    adapter: AdapterFiles,
+    out: Path,
+    progress: Progress,
+    *,
+    onto: Onto,
+    base_name: str | None = None,
+    dtype: Dtype | None = None,
 ) -> Receipt:
     """Write base + adapter as one model to `out`, and return how far it is from the adapter; see merge_adapters."""
-    return merge_adapters([(adapter, 1.0)], out, progress, onto=onto, base_name=base_name)
+    return merge_adapters([(adapter, 1.0)], out, progress, onto=onto, base_name=base_name, dtype=dtype)
 
 
 def merge_adapters(
@@ -93,6 +93,7 @@ def merge_adapters(
     *,
     onto: Onto,
     base_name: str | None = None,
+    dtype: Dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Receipt:
     """Write base + Σ weight · adapter as one plain model to `out`, load it back, and return how far it is from them.
@@ -106,90 +107,37 @@ def merge_adapters(
         onto: `trained` adds to the weights as they were while training (for a quantized base: quantized and dequantized
             again), `original` to those in the base's files.
         base_name: another place of the same base; None takes the passport's.
+        dtype: what is written; None takes what the base computed in while training.
         max_shard_bytes: weights in one file, unless a single tensor is larger.
 
     Raises:
-        AdapterMismatchError: an adapter does not belong to this base (exit 77).
+        AdapterMismatchError: an adapter does not belong to this base, or does not behave on it as its passport says (exit 77).
         RefusedError: these adapters cannot be merged, or not together (exit 77).
         TrainingError: the written model differs beyond the bound; nothing is left in `out` (exit 65).
         CannotCreateError, CannotWriteError: `out` exists, or the disk is full (exit 73, 74).
     """
-    if out.exists():
-        raise CannotCreateError(f"{out} exists already and is never overwritten", hint="give another folder")
-    plan = plan_merge(adapters, progress, onto=onto, base_name=base_name)
-    _refuse_full_disk(plan, out)
+    check_room(out, 0)
+    plan = plan_merge(adapters, progress, onto=onto, base_name=base_name, dtype=dtype)
+    held, compared = plan.base.quantization, _weight_bytes(plan) <= MAX_COMPARED_BYTES
+    check_room(out, _weight_bytes(plan) * (2 if compared and held != "none" and onto == "original" else 1))
     progress("asking the model as it was trained", 0.1)
-    trained = _ask_live(plan, progress, quantization=plan.base.quantization)
+    trained = _ask_live(plan, progress, quantization=held, dtype=plan.computed)
     unquantized = None
-    if plan.base.quantization != "none" and (onto == "original" or _weight_bytes(plan) <= MAX_COMPARED_BYTES):
-        unquantized = _ask_live(plan, progress, quantization="none", questions=trained)
+    if held != "none" and (onto == "original" or compared):
+        unquantized = _ask_live(plan, progress, quantization="none", dtype=plan.dtype, questions=trained.said)
+    wanted = unquantized if unquantized is not None and onto == "original" else trained
+    if wanted is trained and plan.dtype != plan.computed:
+        wanted = _ask_live(plan, progress, quantization=held, dtype=plan.dtype, questions=trained.said)
+    asked = _Asked(trained.said, wanted, unquantized.said if unquantized else None)
     with staged_folder(out) as stage, quiet():
         files = write_merged(plan, stage, progress, max_shard_bytes=max_shard_bytes)
         progress("measuring the merged model", 0.7)
-        receipt = _measure(plan, stage, files, trained, unquantized)
+        receipt = _measure(plan, stage, files, asked)
         text = json.dumps(asdict(receipt), indent=2, sort_keys=True, allow_nan=False) + "\n"
-        (stage / "merge_receipt.json").write_text(text, encoding="utf-8")
+        (stage / MERGE_RECEIPT).write_text(text, encoding="utf-8")
         (stage / "README.md").write_text(merged_card(_public_base(plan), receipt), encoding="utf-8")
     progress("merging", 1.0)
     return receipt
-
-
-def plan_merge(
-    adapters: Sequence[tuple[AdapterFiles, float]], progress: Progress, *, onto: Onto, base_name: str | None = None
-) -> MergePlan:
-    """Return what will be written, after every check that needs no model.
-
-    Raises:
-        AdapterMismatchError, RefusedError: as merge_adapters (exit 77).
-        UsageError: there is no adapter, or a weight is 0 (exit 2).
-    """
-    _refuse_together(adapters)
-    sections = [base_section(files, base_name) for files, _ in adapters]
-    base = sections[0]
-    if len({section.quantization for section in sections}) > 1:
-        if onto == "trained":
-            raise RefusedError(
-                f"these adapters were trained on bases held differently: {', '.join(s.quantization for s in sections)}",
-                hint="merge them onto the full-precision weights: --onto original",
-            )
-        base = base.model_copy(update={"quantization": "none"})
-    base_files = ready_base(base, progress)
-    for files, _ in adapters:
-        check_belongs(files, base_files)
-    shapes = {name: stored.info.shape for name, stored in stored_tensors(base_files.folder).items()}
-    conv1d = read_config(base_files.folder).get("model_type") in CONV1D_FAMILIES
-    changed: dict[str, tuple[tuple[int, str], ...]] = {}
-    for number, (files, _) in enumerate(adapters):
-        for module, name in base_tensors(files.shape.modules, shapes).items():
-            check_change(files, module, name, shape=shapes[name][::-1] if conv1d else shapes[name])
-            check_not_tied(module, base_files.folder)
-            changed[name] = (*changed.get(name, ()), (number, module))
-    layers = quantized_layers(base_files.folder, base.quantization) if onto == "trained" else {}
-    quantized = {name: layers[path] for path, name in base_tensors(layers, shapes).items()}
-    return MergePlan(
-        tuple(adapters), base, base_name, base_files, onto, place(detect_device(), base).dtype,
-        changed, quantized, conv1d, own_template(adapters[0][0]),
-    )  # fmt: skip
-
-
-def _refuse_together(adapters: Sequence[tuple[AdapterFiles, float]]) -> None:
-    if not adapters or not all(0 < abs(weight) <= 1000 for _, weight in adapters):
-        raise UsageError(
-            "merging takes at least one adapter, each with a weight other than 0, between -1000 and 1000",
-            hint="leave out the adapters that are not wanted",
-        )
-    names = [_name(files) for files, _ in adapters]
-    dora = [name for name, (files, _) in zip(names, adapters, strict=True) if files.shape.variant == "dora"]
-    if dora and (len(adapters) > 1 or adapters[0][1] != 1.0):
-        raise RefusedError(
-            f"{dora[0]} is a DoRA adapter: it sets the length of each row, which cannot be added up or weighted",
-            hint="merge it alone, with weight 1",
-        )
-    if len({own_template(files) for files, _ in adapters}) > 1:
-        raise RefusedError(
-            f"{', '.join(names)} were trained with different chat templates; one model has one",
-            hint="merge adapters that were trained with the same data.chat_template",
-        )
 
 
 def write_merged(
@@ -234,12 +182,12 @@ def _merged_piece(plan: MergePlan, name: str, tensor: StoredTensor, factors: Seq
     weight = read_tensor(tensor)
     if name in plan.quantized:
         device = place(detect_device(), plan.base).device_map or "cpu"
-        # As it was loaded: in the compute dtype first.
+        # As it is loaded: in the dtype first.
         weight = round_trip(weight.to(dtype), plan.base.quantization, transposed=plan.quantized[name], device=device)
-    changes = [
-        factors[number].of(module, weight=plan.adapters[number][1]) for number, module in plan.changed.get(name, ())
-    ]
-    weight = changed_weight(weight, changes, conv1d=plan.conv1d).to(dtype)
+    parts = plan.changed.get(name, ())
+    changes = [factors[number].of(module, weight=plan.adapters[number][1]) for number, module in parts]
+    turned = bool(parts) and is_turned(parts[0][1], conv1d=plan.conv1d)
+    weight = changed_weight(weight, changes, conv1d=turned).to(dtype)
     if not bool(torch.isfinite(weight).all()):
         raise TrainingError(
             f"{name} is not finite after merging; nothing was written", hint="the adapter or its weight is too large"
@@ -247,53 +195,69 @@ def _merged_piece(plan: MergePlan, name: str, tensor: StoredTensor, factors: Seq
     yield weight
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What the live models said before anything was written."""
+
+    trained: tuple[Said, ...]
+    wanted: Heard
+    """The adapters on the very weights that are merged onto, computed in the written dtype."""
+    unquantized: tuple[Said, ...] | None
+
+
 def _ask_live(
-    plan: MergePlan, progress: Progress, *, quantization: Any, questions: Sequence[Said] = ()
-) -> tuple[Said, ...]:
-    """Return what base + adapters say, the adapters' outputs added up by peft: nothing here is computed by us."""
-    live = open_live(plan.adapters[0][0], progress, base_name=plan.base_name, quantization=quantization)
-    names = ["default"]
-    for number, (files, _) in enumerate(plan.adapters[1:], start=1):
-        names.append(f"adapter{number}")
-        adapter_dtype = place(detect_device(), live.base).adapter_dtype
-        attach_adapter(live.model, files, name=names[-1], adapter_dtype=adapter_dtype)
-    live.model.base_model.set_adapter(names)
-    for module in live.model.modules():
-        scaling = getattr(module, "scaling", None)
-        if isinstance(scaling, dict):  # peft's layers; attention layers have a plain number of that name
-            for name, (_, weight) in zip(names, plan.adapters, strict=True):
-                if name in scaling:
-                    scaling[name] *= weight
-    if quantization == "int8":
-        compute_as_in_training(live.model)
+    plan: MergePlan, progress: Progress, *, quantization: Any, dtype: Dtype, questions: Sequence[Said] = ()
+) -> Heard:
+    """Return what base + adapters say, the adapters' outputs added up by peft: nothing here is computed by us.
+
+    Raises:
+        AdapterMismatchError: the model as it was trained does not behave as an adapter's passport says (exit 77).
+    """
+    first, *others = (files for files, _ in plan.adapters)
+    live = open_live(first, progress, base_name=plan.base_name, quantization=quantization, dtype=dtype)
+    names = add_adapters(live, others)
     with quiet():
-        said = ask(live.model, live.tokenizer, questions)
-    del live, module
+        if not questions:
+            _check_probes(plan, live.model, names)
+        activate_sum(live, {name: weight for name, (_, weight) in zip(names, plan.adapters, strict=True)})
+        if quantization == "int8":
+            compute_as_in_training(live.model)
+        heard = ask_with_and_without(live.model, live.tokenizer, questions)
+    del live
     gc.collect()  # a peft model refers to itself; the next model needs its memory
-    return said
+    return heard
 
 
-def _measure(
-    plan: MergePlan, stage: Path, files: Sequence[Path], trained: Sequence[Said], unquantized: Sequence[Said] | None
-) -> Receipt:
+def _check_probes(plan: MergePlan, model: Any, names: Sequence[str]) -> None:
+    for name, (files, _) in zip(names, plan.adapters, strict=True):
+        # Onto the original weights, adapters of bases held differently have none in common that they were trained on.
+        if files.manifest is None or files.manifest.base.quantization != plan.base.quantization:
+            continue
+        model.base_model.set_adapter([name])
+        found = replay_probes(model, files.manifest.probes)
+        if found.verdict == "different":
+            raise AdapterMismatchError(
+                f"{files.folder} does not behave on {plan.base.name} as when it was trained: KL divergence {found.kl:.3g} "
+                f"nats a token (the base alone: {found.kl_of_base:.3g}), top-1 agreement {found.top1_agreement:.0%}; "
+                "nothing was written",
+                hint="compare the base, and the versions in its passport with those installed: `lora-tune adapters inspect`",
+                where="probes",
+            )
+
+
+def _measure(plan: MergePlan, stage: Path, files: Sequence[Path], asked: _Asked) -> Receipt:
     """Return the receipt of the model in `stage`.
 
     Raises:
         TrainingError: it is beyond its bound (exit 65).
     """
+    trained, held = asked.trained, plan.base.quantization
     said, kl_to_trained = _ask_written(plan, stage, trained)
     found = difference(trained, said)
-    held = plan.base.quantization
     # Onto the original weights, what was trained is no measure of whether the sum was written right: these weights are.
-    as_written = found if unquantized is None or plan.onto == "trained" else difference(unquantized, said)
-    rounds_inputs = held == "int8" and plan.onto == "trained" and detect_device().kind != "cpu"
-    max_kl = MAX_KL_INT8 if rounds_inputs else MAX_KL[plan.dtype]
-    if not as_written.kl <= max_kl:
-        raise TrainingError(
-            f"the merged model differs from the adapter by a KL divergence of {as_written.kl:.3g} nats a token; "
-            f"at most {max_kl:g} is let through, so nothing was written",
-            hint="please report it, with the adapter's passport",
-        )
+    as_written = difference(asked.wanted.said, said)
+    max_kl = _check_kept(plan, as_written.kl, asked.wanted.kl_of_effect)
+    unquantized = asked.unquantized
     onto_trained = onto_original = None
     if held != "none" and plan.onto == "trained":
         onto_trained, onto_original = found.kl, difference(trained, unquantized).kl if unquantized else None
@@ -307,18 +271,41 @@ def _measure(
         onto=plan.onto,
         quantization=held,
         dtype=plan.dtype,
-        adapters=tuple(Part(_name(adapter), weight, adapter.weights_digest) for adapter, weight in plan.adapters),
+        adapters=tuple(
+            Part(adapter_name(adapter), weight, adapter.weights_digest, adapter.manifest is not None)
+            for adapter, weight in plan.adapters
+        ),
         compared_with=_compared_with(plan),
         diverges_first_at=min((at for at in found.diverges_at if at is not None), default=None),
         kl_to_trained=kl_to_trained,
         kl_of_writing=as_written.kl,
         max_kl=max_kl,
+        kl_of_effect=asked.wanted.kl_of_effect,
         kl_onto_trained=onto_trained,
         kl_onto_original=onto_original,
         closer_base=closer,
         weight_files=len(files),
         weight_bytes=sum(path.stat().st_size for path in files),
     )
+
+
+def _check_kept(plan: MergePlan, kl: float, kl_of_effect: float) -> float:
+    """Return the bound of the KL divergence to the adapters, which it keeps.
+
+    Raises:
+        TrainingError: it does not (exit 65).
+    """
+    rounds_inputs = plan.base.quantization == "int8" and plan.onto == "trained" and detect_device().kind != "cpu"
+    bound = kl_bound(MAX_KL_INT8 if rounds_inputs else MAX_KL[plan.dtype], kl_of_effect)
+    if not kl <= bound:
+        raise TrainingError(
+            f"the merged model differs from the adapter by a KL divergence of {kl:.3g} nats a token; at most {bound:.3g} is "
+            f"let through (the adapter changes {kl_of_effect:.3g}, and {plan.dtype} rounds), so nothing was written",
+            hint="write it in a dtype that keeps it: --dtype fp32"
+            if plan.dtype == "bf16"
+            else "please report it, with the adapter's passport",
+        )
+    return bound
 
 
 def _ask_written(plan: MergePlan, folder: Path, trained: Sequence[Said]) -> tuple[tuple[Said, ...], float | None]:
@@ -346,7 +333,7 @@ def _kl_onto_trained(plan: MergePlan, stage: Path, trained: Sequence[Said]) -> f
     if _weight_bytes(plan) > MAX_COMPARED_BYTES:
         return None
     try:
-        other = plan_merge(plan.adapters, _unheard, onto="trained", base_name=plan.base_name)
+        other = plan_merge(plan.adapters, _unheard, onto="trained", base_name=plan.base_name, dtype=plan.dtype)
     except RefusedError:  # a quantized layer has no weight of its own in the files
         return None
     with tempfile.TemporaryDirectory(dir=stage) as folder:
@@ -358,19 +345,6 @@ def _unheard(_label: str, _share: float) -> None:
     """Take no note of progress."""
 
 
-def _refuse_full_disk(plan: MergePlan, out: Path) -> None:
-    folder = next(parent for parent in out.absolute().parents if parent.exists())
-    compared = (
-        plan.onto == "original" and plan.base.quantization != "none" and _weight_bytes(plan) <= MAX_COMPARED_BYTES
-    )
-    wanted, free = _weight_bytes(plan) * (2 if compared else 1), shutil.disk_usage(folder).free
-    if wanted > free:
-        raise CannotWriteError(
-            f"the merged model takes {wanted / 1e9:.2f} GB, but {folder} has {free / 1e9:.2f} GB free; nothing was written",
-            hint="free some space, or give another folder",
-        )
-
-
 def _weight_bytes(plan: MergePlan) -> int:
     """Return about how large the merged model's weights are."""
     numbers = sum(prod(stored.info.shape) for stored in stored_tensors(plan.base_files.folder).values())
@@ -379,20 +353,23 @@ def _weight_bytes(plan: MergePlan) -> int:
 
 def _compared_with(plan: MergePlan) -> str:
     held = (
-        "its full-precision base"
+        "full-precision base"
         if plan.base.quantization == "none"
-        else f"its {plan.base.quantization} base, as while training"
+        else f"{plan.base.quantization} base, as while training"
     )
+    if any(files.manifest is None for files, _ in plan.adapters):
+        held = f"base that it was merged into ({plan.base.quantization}, unverified)"
     if len(plan.adapters) == 1:
-        return f"the adapter on {held}"
-    return f"the {len(plan.adapters)} adapters on {held}, active at once and their outputs added up by peft"
-
-
-def _name(adapter: AdapterFiles) -> str:
-    return adapter.manifest.name if adapter.manifest else adapter.folder.name
+        return f"the adapter on {'the' if plan.adapters[0][0].manifest is None else 'its'} {held}"
+    return f"the {len(plan.adapters)} adapters on the {held}, active at once and their outputs added up by peft"
 
 
 def _public_base(plan: MergePlan) -> str:
     """What others may know the base by: never a path of this machine."""
     manifest, path = plan.adapters[0][0].manifest, Path(plan.base.name)
     return manifest.base.name if manifest else path.name if path.is_absolute() else plan.base.name
+
+
+def write_trained_base(section: BaseSection, files: BaseFiles, folder: Path, progress: Progress) -> None:
+    """Write the base as it was while training to `folder`: quantized, and dequantized again."""
+    write_merged(plan_base(section, files), folder, progress)

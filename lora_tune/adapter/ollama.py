@@ -7,6 +7,7 @@ Source: ollama, template/template.go (what a template sees) and parser/parser.go
 """
 
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import Any
 
 from lora_tune.adapter.convert import AdapterOnBase, GgufDtype, Written
 from lora_tune.adapter.fence import fence_template
-from lora_tune.adapter.gguf_files import held_dtype, model_to_gguf, write_adapter_gguf
+from lora_tune.adapter.gguf_files import held_dtype, model_to_gguf, window_note, write_adapter_gguf
 from lora_tune.adapter.gguf_words import template_begins_with_bos
+from lora_tune.adapter.live import base_section
 from lora_tune.adapter.manifest import AdapterManifest
+from lora_tune.adapter.merge import write_trained_base
 from lora_tune.data.messages import Message
 from lora_tune.data.rendering import LossMaskError, render
 from lora_tune.data.tokens import end_of_turn_ids, prompt_ids
@@ -62,6 +65,8 @@ class ChatForm:
 def write_ollama(on_base: AdapterOnBase, stage: Path, progress: Progress, *, dtype: GgufDtype | None) -> Written:
     """Write `Modelfile`, `base.gguf` and `adapter.gguf` into `stage`.
 
+    `base.gguf` is what the adapter was trained on: of a quantized base, its weights quantized and dequantized again.
+
     Raises:
         RefusedError: the chat template is not made of constant texts between words, or llama.cpp does not run the base
             as transformers does (exit 77).
@@ -78,9 +83,18 @@ def write_ollama(on_base: AdapterOnBase, stage: Path, progress: Progress, *, dty
     write_adapter_gguf(on_base, stage / "adapter.gguf")
     chosen = dtype or held_dtype(base.folder)
     progress(f"writing the base as {chosen} GGUF", 0.6)
-    model_to_gguf(base.folder, stage / "base.gguf", dtype=chosen, tokenizer=tokenizer)
+    held = manifest.base.quantization if manifest else "none"
+    if held == "none":
+        model_to_gguf(base.folder, stage / "base.gguf", dtype=chosen, tokenizer=tokenizer)
+    else:
+        with tempfile.TemporaryDirectory(dir=stage) as folder:
+            write_trained_base(base_section(on_base.files, str(base.folder)), base, Path(folder), progress)
+            model_to_gguf(Path(folder), stage / "base.gguf", dtype=chosen, tokenizer=tokenizer)
     (stage / "Modelfile").write_text(modelfile(form, template, system), encoding="utf-8")
-    notes = [f"base.gguf holds the base in {chosen}"]
+    trained = "" if held == "none" else f" as it was while training: {held}, dequantized"
+    notes = [f"base.gguf holds the base in {chosen}{trained}"]
+    if window := window_note(base.folder):
+        notes.append(window)
     if form.strips:
         notes.append(
             "the trained template strips white space around messages, which Ollama does not: send them stripped"

@@ -12,7 +12,7 @@ from lora_tune.adapter.deltas import open_factors
 from lora_tune.adapter.door import AdapterFiles
 from lora_tune.adapter.live import LiveModel, check_belongs, open_live
 from lora_tune.adapter.lowrank import LowRank, scaled
-from lora_tune.adapter.manifest import ParentFacts, Probe, has_control
+from lora_tune.adapter.manifest import ParentFacts, Probe
 from lora_tune.adapter.probes import probe_logits, record_probes
 from lora_tune.adapter.registry import content_digest
 from lora_tune.errors import AdapterMismatchError, CannotCreateError, RefusedError, UsageError
@@ -131,11 +131,8 @@ def parent_facts(parts: Sequence[Part]) -> tuple[ParentFacts, ...]:
 
 
 def name_of(files: AdapterFiles) -> str:
-    """Return the adapter's own name; for one without a passport, its folder's."""
-    if files.manifest is not None:
-        return files.manifest.name
-    name = files.folder.resolve().name
-    return "unnamed" if not name or has_control(name) else name
+    """Return the adapter's own name; for one without a passport, its folder's or the version's."""
+    return files.manifest.name if files.manifest is not None else files.label
 
 
 def answer_logits(model: Any, probes: Sequence[Probe]) -> tuple[Any, ...]:

@@ -4,7 +4,7 @@ Every rule was read in the engine's own source, which the finding names; tests/i
 asks the loaders of vLLM and PEFT themselves. What the door refuses (whole modules, biases, rank patterns) never comes here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -13,6 +13,7 @@ from lora_tune.errors import UsageError
 
 Engine = Literal["vllm", "sglang", "llamacpp", "peft"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
+Quantization = Literal["none", "nf4", "int8"]
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` may be (vLLM 0.32, vllm/config/lora.py, MaxLoRARanks)."""
 VLLM_DEFAULT_RANK = 16
@@ -22,6 +23,14 @@ _VLLM = "vLLM 0.32, vllm/lora/"
 _SGLANG = "SGLang 0.5.23, sglang/srt/lora/"
 _LLAMACPP = "llama.cpp, convert_lora_to_gguf.py"
 _PEFT = "PEFT 0.21, peft/"
+_NAMES: Mapping[Engine, str] = {"vllm": "vLLM", "sglang": "SGLang", "llamacpp": "llama.cpp", "peft": "PEFT"}
+_HOLDS: Mapping[Engine, str] = {
+    "vllm": "vLLM, vllm/model_executor/model_loader/bitsandbytes_loader.py",
+    "sglang": "SGLang, sgl-project/sglang#4431: with bitsandbytes it loads no adapters",
+    "llamacpp": "llama.cpp, convert_hf_to_gguf.py",
+    "peft": "PEFT 0.21, peft/auto.py",
+}
+"""Where was read how the engine holds a base."""
 _LLAMA_LAYERS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
 _FUSED_LAYERS = frozenset({"qkv_proj", "gate_up_proj"})
 _GPT2_LAYERS = frozenset({"c_attn", "c_fc", "c_proj"})
@@ -31,6 +40,12 @@ _WITHOUT_LORA = frozenset({"gpt2", "gptj", "bloom", "falcon", "stablelm"})
 GGUF_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"})
 """Model types of which `lora-tune export --to gguf` writes adapters."""
 _MERGE = "merge it into the base and serve that: lora-tune merge NAME OUT"
+MERGE_ONTO_TRAINED = "merge it onto the weights it was trained on: lora-tune merge NAME OUT --onto trained"
+BY_TRANSFORMERS: Mapping[str, str] = {
+    "nf4": 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)',
+    "int8": "BitsAndBytesConfig(load_in_8bit=True)",
+}
+"""What holds a base as while training, where transformers loads it."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +92,17 @@ class _Traits:
     places: dict[str, set[str]]
     """A layer's path without its last part → the last parts that are adapted there."""
     model_type: str | None
+    trained_on: Quantization
+    """How the base was held while training; `none` too where no passport says it."""
 
 
 def lint_for(
-    adapter: AdapterFiles, engine: Engine, *, max_rank: int | None = None, model_type: str | None = None
+    adapter: AdapterFiles,
+    engine: Engine,
+    *,
+    max_rank: int | None = None,
+    model_type: str | None = None,
+    held: Quantization = "none",
 ) -> Portability:
     """Return whether the engine loads the adapter and answers as it was trained, and if not, why and what to do.
 
@@ -89,6 +111,7 @@ def lint_for(
         engine: which one.
         max_rank: the `--max-lora-rank` that the server runs with; None: it can still be chosen.
         model_type: the base's `model_type`, when the base is at hand; None tells the family from the layers' names.
+        held: how the engine holds the base; `none` is what every engine does unless told otherwise.
 
     Raises:
         UsageError: there is no such engine, or `max_rank` is no rank (exit 2).
@@ -100,7 +123,8 @@ def lint_for(
         raise UsageError(
             f"max_rank is {max_rank}; expected a rank of at least 1", hint="give what the server runs with"
         )
-    findings = tuple(rules[engine](_traits(adapter, model_type), max_rank))
+    traits = _traits(adapter, model_type)
+    findings = (*rules[engine](traits, max_rank), *_other_base(traits, engine, held))
     return Portability(engine, all(finding.level != "refused" for finding in findings), findings)
 
 
@@ -115,7 +139,26 @@ def _traits(adapter: AdapterFiles, model_type: str | None) -> _Traits:
         parent, _, last = module.rpartition(".")
         places.setdefault(parent, set()).add(last)
     layers = frozenset().union(*places.values())
-    return _Traits(adapter.shape.rank, adapter.shape.variant, layers, places, model_type)
+    trained_on = adapter.manifest.base.quantization if adapter.manifest else "none"
+    return _Traits(adapter.shape.rank, adapter.shape.variant, layers, places, model_type, trained_on)
+
+
+def _other_base(traits: _Traits, engine: Engine, held: Quantization) -> Iterator[Finding]:
+    trained_on = traits.trained_on
+    if trained_on in ("none", held):
+        return
+    takes = "takes the base's original weights unless told otherwise" if held == "none" else f"holds the base in {held}"
+    ways: dict[Engine, str] = {"peft": f"load the base with quantization_config={BY_TRANSFORMERS[trained_on]}, or "}
+    if trained_on == "nf4":
+        ways["vllm"] = "start vLLM with --quantization bitsandbytes, which holds the base in nf4, or "
+    then = ", and that as GGUF: lora-tune export OUT MODEL.gguf --to gguf" if engine == "llamacpp" else ""
+    yield Finding(
+        "wrong",
+        f"it was trained on a base held in {trained_on}",
+        f"{_NAMES[engine]} {takes}; the adapter learnt to correct the rounding of {trained_on}, and answers otherwise there",
+        f"{ways.get(engine, '')}{MERGE_ONTO_TRAINED}{then}",
+        f"base.quantization in the adapter's passport; {_HOLDS[engine]}",
+    )
 
 
 def _for_vllm(traits: _Traits, max_rank: int | None) -> Iterator[Finding]:
@@ -123,6 +166,9 @@ def _for_vllm(traits: _Traits, max_rank: int | None) -> Iterator[Finding]:
         yield Finding("refused", "it is a DoRA adapter", "vLLM does not support DoRA",
                       _MERGE, _VLLM + "peft_helper.py, _validate_features")  # fmt: skip
     yield from _vllm_rank(traits.rank, max_rank)
+    if max_rank is not None and max_rank not in VLLM_RANKS and traits.rank <= max_rank <= VLLM_RANKS[-1]:
+        yield Finding("note", f"vLLM takes no --max-lora-rank {max_rank}", f"it takes {', '.join(map(str, VLLM_RANKS))}",
+                      f"start vLLM with --max-lora-rank {least_vllm_rank(max_rank)}", "vLLM 0.32, vllm/config/lora.py, MaxLoRARanks")  # fmt: skip
     family = _family(traits)
     if family in _WITHOUT_LORA:
         yield Finding("refused", f"its base is of the {family} family", "vLLM's class for it does not support LoRA",

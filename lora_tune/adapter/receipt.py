@@ -1,11 +1,11 @@
 """A merge's receipt: the same fixed prompts put to what was trained and to what was written, and how far apart they are."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lora_tune.adapter.probes import PROMPTS, probe_logits
+from lora_tune.adapter.card import code, hub_id, plain, yaml_text
+from lora_tune.adapter.probes import CLOSE_SHARE, PROMPTS, probe_logits
 from lora_tune.data.messages import Message
 from lora_tune.data.tokens import prompt_ids
 from lora_tune.model.generate import generate_answers, stop_ids
@@ -14,6 +14,9 @@ Onto = Literal["trained", "original"]
 
 GREEDY_TOKENS = 16
 """Longest answer; the first token that differs is reported."""
+
+NO_EFFECT_KL = 1e-9
+"""Nats a token: what the rounding of fp32 alone can be. An adapter that changes no more changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,15 @@ class Said:
     """The prompt as this model's own tokenizer and template make it."""
     logits: Any
     """After each of the ids, fp32, [T, V]."""
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What adapters on their base say, and how much of that is theirs."""
+
+    said: tuple[Said, ...]
+    kl_of_effect: float
+    """KL divergence from the adapters to their base alone, in nats a token: what there is to lose."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,8 @@ class Part:
     weight: float
     """What its change is multiplied by."""
     weights_digest: str
+    verified: bool
+    """Whether it has a passport; without one, nothing says which base it was trained on, and how that was held."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +74,7 @@ class Receipt(Difference):
 
     onto: Onto
     quantization: Literal["none", "nf4", "int8"]
-    """How the base was held while training."""
+    """How the base was held while training; of an adapter without a passport that is unknown, and `none` here."""
     dtype: str
     """Of the written weights."""
     adapters: tuple[Part, ...]
@@ -73,6 +87,8 @@ class Receipt(Difference):
     """KL divergence to the adapters on the very weights that were merged onto: this is what is bounded."""
     max_kl: float
     """Its bound: beyond it nothing is written."""
+    kl_of_effect: float
+    """KL divergence from the adapters to those weights alone: the bound is at most a tenth of it."""
     kl_onto_trained: float | None
     """`kl` of merging onto the weights it was trained on; None where that was not measured."""
     kl_onto_original: float | None
@@ -101,6 +117,24 @@ def ask(model: Any, tokenizer: Any, questions: Sequence[Said] = ()) -> tuple[Sai
     # One token more, which is never read: so that what follows the last one is measured too.
     logits = [probe_logits(model, [*ids, ids[-1]], 1).float().cpu() for ids in texts]
     return tuple(Said(ids, tuple(prompt), found) for ids, prompt, found in zip(texts, prompts, logits, strict=True))
+
+
+def ask_with_and_without(model: Any, tokenizer: Any, questions: Sequence[Said] = ()) -> Heard:
+    """Return what a peft model says, and how far that is from what its base says to the same."""
+    said = ask(model, tokenizer, questions)
+    with model.disable_adapter():
+        alone = ask(model, tokenizer, said)
+    return Heard(said, difference(said, alone).kl)
+
+
+def kl_bound(max_kl: float, kl_of_effect: float) -> float:
+    """Return how far a merged model may be from its adapters: never so far that their effect could be lost.
+
+    Args:
+        max_kl: what the rounding of the written dtype may come to.
+        kl_of_effect: how far the adapters are from their base.
+    """
+    return max_kl if kl_of_effect <= NO_EFFECT_KL else min(max_kl, CLOSE_SHARE * kl_of_effect)
 
 
 def same_prompts(first: Sequence[Said], second: Sequence[Said]) -> bool:
@@ -140,43 +174,61 @@ def _diverges_at(was: Said, now: Said) -> int | None:
 
 
 def merged_card(base_name: str, receipt: Receipt) -> str:
-    """Return the merged model's card, with the receipt in it."""
+    """Return the merged model's card, with the receipt in it. Names may be a stranger's words, and are escaped.
+
+    Args:
+        base_name: what others may know the base by; a card's head names it only when the hub does.
+        receipt: of the merge.
+    """
     names = " + ".join(
-        f"`{part.name}`" if part.weight == 1 else f"{part.weight:g} · `{part.name}`" for part in receipt.adapters
+        code(part.name) if part.weight == 1 else f"{part.weight:g} · {code(part.name)}" for part in receipt.adapters
     )
-    held = "full precision" if receipt.quantization == "none" else receipt.quantization
     weights = {
         "original": "its full-precision weights",
-        "trained": "its weights" if receipt.quantization == "none" else f"its {held} weights, dequantized",
-    }[receipt.onto]
-    first = receipt.diverges_first_at
-    rows = {
-        "largest difference of a logit, answering": f"{receipt.max_abs_delta:.3g}",
-        "largest difference of a logit, reading the prompt": f"{receipt.max_abs_delta_prompt:.3g}",
-        "KL divergence": f"{receipt.kl:.3g} nats a token",
-        "same likeliest token": f"{receipt.top1_agreement:.1%}",
-        "first token of an answer that differs": f"none in {GREEDY_TOKENS}" if first is None else f"number {first + 1}",
-        "KL divergence to the weights it was merged onto": f"{receipt.kl_of_writing:.3g}, at most {receipt.max_kl:g}",
-        "KL to what the passport recorded": _number(receipt.kl_to_trained),
-        "KL of merging onto the weights it was trained on": _number(receipt.kl_onto_trained),
-        "KL of merging onto the full-precision weights": _number(receipt.kl_onto_original),
-        "closer to what was trained": receipt.closer_base or "",
-    }
-    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items() if value)
+        "trained": "its weights" if receipt.quantization == "none" else f"its {receipt.quantization} weights, dequantized",
+    }[receipt.onto]  # fmt: skip
+    base = hub_id(base_name)
+    table = "".join(f"| {name} | {value} |\n" for name, value in _rows(receipt).items() if value)
     return f"""---
-base_model: {json.dumps(base_name, ensure_ascii=False)}
-library_name: transformers
+{f"base_model: {yaml_text(base)}{chr(10)}" if base else ""}library_name: transformers
 tags: [lora_tune, merged]
 ---
 
-# {" + ".join(part.name for part in receipt.adapters)}, merged
+# {" + ".join(plain(part.name) for part in receipt.adapters)}, merged
 
-`{base_name}` with {names} merged in, onto {weights}, written in {receipt.dtype}. It was trained on a base held in {held}.
+{code(base_name)} with {names} merged in, onto {weights}, written in {receipt.dtype}. {_origin(receipt)}
 Measured after writing, against {receipt.compared_with}, on {len(PROMPTS)} fixed prompts:
 
 | | |
 |---|---|
 {table}"""
+
+
+def _origin(receipt: Receipt) -> str:
+    unverified = [part for part in receipt.adapters if not part.verified]
+    if unverified:
+        return (
+            f"**Unverified**: {', '.join(code(part.name) for part in unverified)} has no passport, so nothing says on which "
+            "base it was trained, how that was held, or with which chat template; only its layers' widths were compared."
+        )
+    return f"It was trained on a base held in {'full precision' if receipt.quantization == 'none' else receipt.quantization}."
+
+
+def _rows(receipt: Receipt) -> dict[str, str]:
+    first = receipt.diverges_first_at
+    return {
+        "largest difference of a logit, answering": f"{receipt.max_abs_delta:.3g}",
+        "largest difference of a logit, reading the prompt": f"{receipt.max_abs_delta_prompt:.3g}",
+        "KL divergence": f"{receipt.kl:.3g} nats a token",
+        "same likeliest token": f"{receipt.top1_agreement:.1%}",
+        "first token of an answer that differs": f"none in {GREEDY_TOKENS}" if first is None else f"number {first + 1}",
+        "KL divergence to the weights it was merged onto": f"{receipt.kl_of_writing:.3g}, at most {receipt.max_kl:.3g}",
+        "what the adapter changes": f"{receipt.kl_of_effect:.3g} nats a token",
+        "KL to what the passport recorded": _number(receipt.kl_to_trained),
+        "KL of merging onto the weights it was trained on": _number(receipt.kl_onto_trained),
+        "KL of merging onto the full-precision weights": _number(receipt.kl_onto_original),
+        "closer to what was trained": receipt.closer_base or "",
+    }
 
 
 def _number(value: float | None) -> str:

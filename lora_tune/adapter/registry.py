@@ -23,11 +23,14 @@ from lora_tune.adapter.shelf import (
     Version,
     content_digest,
     discard,
+    doubt,
     look,
     next_version,
     record,
+    refuse_taken,
     registered,
     resolve,
+    unread_lines,
     writing,
 )  # fmt: skip
 from lora_tune.errors import (
@@ -44,8 +47,8 @@ from lora_tune.staging import staged_folder
 
 __all__ = [
     "DEFAULT_ALIAS", "Listed", "Pointed", "Version", "add", "aliases", "content_digest", "ensure_writable", "find",
-    "find_version", "list_versions", "listing", "open_found", "origin", "promote", "register", "registry_root", "remove",
-    "rollback",
+    "find_version", "is_folder", "journal_damage", "list_versions", "listing", "open_found", "origin", "promote", "register",
+    "registry_root", "remove", "rollback", "why_doubtful",
 ]  # fmt: skip
 
 DEFAULT_ALIAS = "prod"
@@ -93,8 +96,11 @@ def ensure_writable(root: Path, *, name: str | None = None) -> None:
     """Check that a version (of `name`) can be added later, so that no training is lost for a folder's permissions.
 
     Raises:
+        UsageError: the name is none (exit 2).
         CannotCreateError: nothing can be written there, or the name is an alias (exit 73).
     """
+    if name is not None:
+        _check_name(name)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(prefix=".probe-", dir=root) as probe:
@@ -104,7 +110,7 @@ def ensure_writable(root: Path, *, name: str | None = None) -> None:
         journal.check_appendable(root)
     except OSError as err:
         raise CannotCreateError(
-            f"the registry {root} cannot be written: {err.strerror}",
+            f"the registry {root} cannot be written: {err.strerror or err}",
             hint="check the folder's permissions and free space, or give another one with --registry",
             where=str(root),
         ) from err
@@ -142,13 +148,17 @@ def register(
     root: Path,
     copied_from: Path,
     how: Literal["added", "imported"] = "added",
+    only_new: bool = False,
 ) -> Version:
     """Make the next version of `name` from what `fill` writes into the empty folder that it is given.
 
-    The door checks it before it appears. Raises as `add`, and what `fill` raises.
+    The door checks it before it appears. Raises as `add`, what `fill` raises, and with `only_new` a CannotCreateError
+    when there is an adapter of that name (exit 73).
     """
     _check_name(name)
     with writing(root, create=True) as shelf:
+        if only_new:
+            refuse_taken(name, shelf, source=copied_from)
         version = next_version(name, shelf)
         with staged_folder(version.folder) as stage:
             fill(stage)
@@ -182,7 +192,8 @@ def promote(spec: str, alias: str = DEFAULT_ALIAS, *, root: Path) -> Pointed:
         digest = content_digest(_undamaged(version, shelf.state))
         history = shelf.state.aliases.get(alias)
         previous = shelf.version(history[-1]) if history else None
-        if previous != version:
+        # Said again, it settles what an unreadable line may have done to the alias.
+        if previous != version or alias in shelf.state.doubtful:
             was = previous.spec if previous else None
             record(root, "promoted", version, alias=alias, digest=digest, previous=was)
     return Pointed(alias, version, previous)
@@ -204,7 +215,9 @@ def rollback(alias: str = DEFAULT_ALIAS, *, root: Path) -> Pointed:
             )
         previous, elsewhere = shelf.version(history[-1]), f"`lora-tune adapters promote NAME@VERSION {alias}` moves it"
         if len(history) == 1:
-            raise MissingInputError(f"{alias} has pointed to {previous.spec} from the first", hint=elsewhere)
+            raise MissingInputError(
+                f"{alias} points to {previous.spec}, and nothing earlier is left to go back to", hint=elsewhere
+            )
         version = shelf.version(history[-2])
         if not shelf.has(version):
             raise MissingInputError(
@@ -251,6 +264,20 @@ def aliases(root: Path) -> dict[str, Version]:
     return {alias: shelf.version(history[-1]) for alias, history in sorted(shelf.state.aliases.items())}
 
 
+def why_doubtful(alias: str, *, root: Path) -> str:
+    """Return why an alias may point elsewhere than is believed, in words for the user; empty when nothing speaks for it."""
+    # Any other word names no alias, and costs no look at the registry.
+    return doubt(alias, look(root)) if re.fullmatch(NAME_PATTERN, alias) else ""
+
+
+def journal_damage(root: Path) -> str:
+    """Return which lines of the journal are passed over, in words for the user; empty when none is."""
+    shelf = look(root)
+    lost = unread_lines(shelf)
+    moved = ", ".join(sorted(shelf.state.doubtful))
+    return lost and lost + (f"; promote again what it may have moved: {moved}" if moved else "")
+
+
 def origin(folder: Path, *, root: Path) -> Path:
     """Return the folder that a registered adapter was copied from; any other folder is its own origin."""
     version = registered(folder, root)
@@ -268,7 +295,7 @@ def find(spec: str, *, root: Path) -> Path:
     if "/" in spec or spec.startswith("."):
         return Path(spec)
     shelf = look(root)
-    if spec not in shelf.versions and spec not in shelf.state.aliases and _is_folder(spec):
+    if spec not in shelf.versions and spec not in shelf.state.aliases and is_folder(spec):
         return Path(spec)
     return resolve(spec, shelf).folder
 
@@ -360,8 +387,9 @@ def _folder_bytes(folder: Path) -> int:
     return 0
 
 
-def _is_folder(spec: str) -> bool:
+def is_folder(spec: str) -> bool:
+    """Return whether these words, all of them, are a folder's path."""
     try:
-        return Path(spec).is_dir()
+        return bool(spec) and Path(spec).is_dir()
     except (OSError, ValueError):
         return False

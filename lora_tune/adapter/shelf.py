@@ -32,7 +32,9 @@ from lora_tune.recipe.schema import NAME_PATTERN
 
 LOCK = ".lock"
 _SPEC = re.compile(r"(?P<name>[a-z0-9][a-z0-9-]{0,62})(?:@(?P<version>[0-9]{1,9}|sha256:[0-9a-f]{8,64}))?")
+_SHORT_DIGEST = re.compile(r"[a-z0-9][a-z0-9-]{0,62}@sha256:[0-9a-f]{0,7}")
 _NUMBER = re.compile(r"[1-9][0-9]{0,8}")
+_MAX_LINES_SHOWN = 5
 _LEFT_BEHIND = re.compile(r"\.[1-9][0-9]{0,8}-.+")
 """What staged_folder and discard call a version that is not there yet, or no longer."""
 
@@ -84,12 +86,16 @@ def look(root: Path) -> Shelf:
 
     Raises:
         RefusedError: its journal is not what a journal must be (exit 77).
-        MissingInputError: it cannot be read (exit 66).
+        MissingInputError: it cannot be read, or is a file (exit 66).
     """
     while True:
         n_bytes = journal.journal_bytes(root)
         state = journal.read_state(root)
         try:
+            if root.exists() and not root.is_dir():
+                raise MissingInputError(
+                    f"{root} is no folder, and a registry is one", hint="give another --registry", where=str(root)
+                )
             found = {folder.name: _versions(folder, state) for folder in _named_folders(root)}
         except OSError as err:
             raise MissingInputError(f"the registry {root} cannot be read: {err.strerror}", where=str(root)) from err
@@ -122,6 +128,11 @@ def resolve(spec: str, shelf: Shelf) -> Version:
     versions = shelf.versions.get(match["name"], ()) if match else ()
     if spec in shelf.state.aliases:
         return _pointed_to(spec, shelf)
+    if _SHORT_DIGEST.fullmatch(spec):
+        raise UsageError(
+            f"{spec}: a version is named by 8 digits of its digest or more",
+            hint="`lora-tune adapters list` shows digests to copy",
+        )
     if match is None or not versions:
         raise _unknown(spec, shelf)
     wanted = match["version"]
@@ -166,6 +177,44 @@ def next_version(name: str, shelf: Shelf) -> Version:
     if number > journal.MAX_NUMBER:
         raise CannotCreateError(f"{name} has used up its numbers", hint="choose another name")
     return shelf.version((name, number))
+
+
+def refuse_taken(name: str, shelf: Shelf, *, source: Path) -> None:
+    """Refuse a name that an adapter here has: `source` only says that it is called so, and may be a stranger's.
+
+    Raises:
+        CannotCreateError: there are versions of that name (exit 73).
+    """
+    if name in shelf.versions:
+        raise CannotCreateError(
+            f"{source} is called {name}, and {shelf.root}/ has an adapter of that name already",
+            hint=f"give it a name of its own with --name; `--name {name}` makes it the next version of the one that is there",
+            where=str(source),
+        )
+
+
+def unread_lines(shelf: Shelf) -> str:
+    """Return which lines of the journal were passed over, as a part of a sentence; empty when none was."""
+    lines = shelf.state.unread
+    if not lines:
+        return ""
+    shown = ", ".join(map(str, lines[:_MAX_LINES_SHOWN])) + (", …" if len(lines) > _MAX_LINES_SHOWN else "")
+    many = len(lines) > 1
+    return (
+        f"{'lines' if many else 'line'} {shown} of {shelf.root / journal.FILE_NAME} "
+        f"{'are' if many else 'is'} damaged, or of a newer lora_tune"
+    )
+
+
+def doubt(alias: str, shelf: Shelf) -> str:
+    """Return why an alias may have been moved by a line that cannot be read; empty when nothing speaks for it."""
+    if alias not in shelf.state.doubtful:
+        return ""
+    version = shelf.version(shelf.state.aliases[alias][-1])
+    return (
+        f"{alias} is taken to point to {version.spec}, and may not: {unread_lines(shelf)}; "
+        f"`lora-tune adapters promote NAME@VERSION {alias}` settles it"
+    )
 
 
 @contextmanager
@@ -266,8 +315,9 @@ def _unknown(spec: str, shelf: Shelf) -> MissingInputError:
     names = sorted({*shelf.versions, *shelf.state.aliases})
     close = difflib.get_close_matches(spec[:200].partition("@")[0], names, n=3)
     listed = f"; did you mean {', '.join(close)}?" if close else f"; known: {', '.join(names[:10])}" if names else ""
+    lost = unread_lines(shelf)
     return MissingInputError(
-        f"no adapter {spec[:200]!r} in {shelf.root}/{listed}",
+        f"no adapter {spec[:200]!r} in {shelf.root}/{listed}" + (f" ({lost}, and may have named it)" if lost else ""),
         hint="`lora-tune adapters list` shows the registry; a folder works too, as ./path",
     )
 

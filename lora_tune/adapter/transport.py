@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lora_tune.adapter.door import CONFIG, MAX_WEIGHTS_BYTES, WEIGHTS, AdapterFiles, open_adapter
 from lora_tune.adapter.manifest import FILE_NAME, first_problem
 from lora_tune.adapter.registry import find_version, register
-from lora_tune.adapter.shelf import Version, content_digest
+from lora_tune.adapter.shelf import Version, content_digest, look, refuse_taken, registered
 from lora_tune.errors import AdapterError, AdapterMismatchError, CannotCreateError, MissingInputError, UsageError
 from lora_tune.model.fingerprint import canonical_digest
 from lora_tune.recipe.schema import NAME_PATTERN
@@ -111,13 +111,15 @@ def export_version(spec: str, out: Path, *, root: Path) -> Exported:
 def import_adapter(path: Path, name: str | None = None, *, root: Path) -> Version:
     """Copy a folder, or a tar made by `export_version`, into the registry as the next version of `name`.
 
-    Without a name it gets the one that it had: of the tar, of its passport's recipe, or of the folder.
+    Without a name it gets the one that it had: in this registry, of the tar, of its passport, or of the folder. From
+    elsewhere it does so only when nothing here has that name: whoever names it bare would get the newcomer.
     An adapter made elsewhere has no passport and is let in after the same checks, unverified.
 
     Raises:
         UsageError: the name is none, or none was given and it has none (exit 2).
         MissingInputError: there is nothing at `path`, or no adapter in it (exit 66).
-        CannotCreateError: the registry cannot be written, or the name is an alias (exit 73).
+        CannotCreateError: the registry cannot be written, the name is an alias, or none was given and an adapter here
+            has the one that it had (exit 73).
         CannotWriteError: the disk is full or failing; nothing is left of the new version (exit 74).
         AdapterError: it is not an adapter, not such a tar, or differs from its digests (exit 77).
     """
@@ -136,6 +138,33 @@ def import_adapter(path: Path, name: str | None = None, *, root: Path) -> Versio
         return _import_tar(stream, path, name, root)
 
 
+def own_name(files: AdapterFiles, *, root: Path) -> str:
+    """Return the name of what is made of an adapter when none is given: its own in the registry, or what it says.
+
+    Raises:
+        UsageError: it does not say a name (exit 2).
+        CannotCreateError: it is no version of this registry, and another adapter here has its name (exit 73).
+    """
+    version = registered(files.folder, root)
+    name = version.name if version else _said_name(files)
+    if version is None:
+        refuse_taken(name, look(root), source=files.folder)
+    return name
+
+
+def _said_name(files: AdapterFiles) -> str:
+    """Return what an adapter's passport calls it; without one, its folder's name.
+
+    Raises:
+        UsageError: that is no name (exit 2).
+    """
+    name = files.manifest.name if files.manifest else files.folder.resolve().name
+    # A registry calls its folders 1, 2, 3.
+    if not re.fullmatch(NAME_PATTERN, name) or name.isdecimal():
+        raise UsageError(f"{files.folder} does not say what the adapter is called", hint="give it a name with --name")
+    return name
+
+
 def _import_folder(folder: Path, name: str | None, root: Path) -> Version:
     files = open_adapter(folder)
 
@@ -148,15 +177,10 @@ def _import_folder(folder: Path, name: str | None, root: Path) -> Version:
                 raise AdapterError(f"{source} has more than {cap:,} bytes", where=str(source))
             shutil.copyfile(source, stage / part)
 
-    chosen = name if name is not None else _own_name(files)
-    return register(fill, chosen, root=root, copied_from=folder, how="imported")
-
-
-def _own_name(files: AdapterFiles) -> str:
-    trained_as = files.manifest.recipe["output"]["name"] if files.manifest else files.folder.resolve().name
-    if not isinstance(trained_as, str) or not re.fullmatch(NAME_PATTERN, trained_as):
-        raise UsageError(f"{files.folder} does not say what the adapter is called", hint="give it a name with --name")
-    return trained_as
+    own = registered(folder, root)
+    chosen = name if name is not None else own.name if own else _said_name(files)
+    only_new = name is None and own is None
+    return register(fill, chosen, root=root, copied_from=folder, how="imported", only_new=only_new)
 
 
 def _import_tar(stream: BinaryIO, path: Path, name: str | None, root: Path) -> Version:
@@ -175,7 +199,8 @@ def _import_tar(stream: BinaryIO, path: Path, name: str | None, root: Path) -> V
                     where=str(path),
                 )
 
-    return register(fill, name if name is not None else said.name, root=root, copied_from=path, how="imported")
+    chosen = name if name is not None else said.name
+    return register(fill, chosen, root=root, copied_from=path, how="imported", only_new=name is None)
 
 
 def _members(stream: BinaryIO, path: Path, root: Path) -> dict[str, _Member]:

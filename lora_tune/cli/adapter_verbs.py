@@ -8,6 +8,7 @@ from typing import Any, Literal, cast, get_args
 
 from lora_tune.adapter import registry as shelf
 from lora_tune.adapter.door import AdapterFiles
+from lora_tune.cli import render
 from lora_tune.errors import AdapterMismatchError, LoraTuneError, UsageError
 
 Progress = Callable[[str, float], None]
@@ -15,10 +16,13 @@ Parts = Sequence[tuple[AdapterFiles, float]]
 
 
 def list_adapters(registry: Path | None) -> dict[str, Any]:
-    """Return every version in the registry."""
+    """Return every version in the registry, aliases that point to none, and which lines of the journal say nothing."""
     root = registry_root(registry)
     rows = []
-    for listed in shelf.listing(root):
+    versions = shelf.listing(root)
+    there = {listed.version.key for listed in versions}
+    dangling = {alias: version.spec for alias, version in shelf.aliases(root).items() if version.key not in there}
+    for listed in versions:
         found = listed.files_or_error
         row: dict[str, Any] = {
             "adapter": listed.version.spec, "folder": str(listed.version.folder), "aliases": list(listed.aliases),
@@ -37,7 +41,12 @@ def list_adapters(registry: Path | None) -> dict[str, Any]:
                 "digest": shelf.content_digest(found),
             }
         rows.append(row)
-    return {"registry": str(root), "adapters": rows}
+    return {
+        "registry": str(root),
+        "adapters": rows,
+        "dangling_aliases": dangling,
+        "journal_damage": shelf.journal_damage(root),
+    }
 
 
 def inspect(spec: str, registry: Path | None) -> dict[str, Any]:
@@ -104,16 +113,19 @@ def lint(spec: str, *, engine: str, max_rank: int | None, registry: Path | None)
 
 def promote(spec: str, alias: str, registry: Path | None) -> dict[str, Any]:
     """Point an alias to a version."""
+    _say_doubts(spec, alias, registry=registry)
     return shelf.promote(spec, alias, root=registry_root(registry)).as_dict()
 
 
 def rollback(alias: str, registry: Path | None) -> dict[str, Any]:
     """Point an alias to what it pointed to before."""
+    _say_doubts(alias, registry=registry)
     return shelf.rollback(alias, root=registry_root(registry)).as_dict()
 
 
 def remove(spec: str, registry: Path | None) -> dict[str, Any]:
     """Remove a version, or an alias."""
+    _say_doubts(spec, registry=registry)
     return {"removed": shelf.remove(spec, root=registry_root(registry))}
 
 
@@ -128,6 +140,7 @@ def import_(path: Path, name: str | None, registry: Path | None) -> dict[str, An
 
 def export_tar(spec: str, out: Path, registry: Path | None) -> dict[str, Any]:
     """Write a version of the registry as a tar with digests."""
+    _say_doubts(spec, registry=registry)
     from lora_tune.adapter.transport import export_version
 
     return export_version(spec, out, root=registry_root(registry)).as_dict()
@@ -139,7 +152,7 @@ def compose(
     """Make one adapter of several, and put it into the registry.
 
     Args:
-        specs: `ADAPTER` or `ADAPTER=WEIGHT`.
+        specs: `ADAPTER` or `ADAPTER=WEIGHT`; a folder whose name holds a `=` is that folder.
         plan: what ComposePlan takes.
         base: another place of the base.
         registry: its folder; None takes the default.
@@ -157,17 +170,24 @@ def compose(
 def resize(
     spec: str, *, rank: int | None, name: str | None, base: str | None, registry: Path | None, progress: Progress
 ) -> dict[str, Any]:
-    """Write an adapter in another rank, or without one fold an rsLoRA, as the next version of `name`."""
+    """Write an adapter in another rank, or without one fold an rsLoRA, as the next version of `name`.
+
+    Raises:
+        UsageError, CannotCreateError: there is no name, or without `name` that of another adapter (exit 2, 73).
+    """
     adapter = open_spec(spec, registry)
-    from lora_tune.adapter.parents import name_of
-    from lora_tune.adapter.resize import fold_adapter, resize_adapter
+    from lora_tune.adapter.transport import own_name
+
+    called = name if name is not None else own_name(adapter, root=registry_root(registry))
 
     def make(out: Path) -> Any:
-        if rank is None:
-            return fold_adapter(adapter, out, progress, name=name, base_name=base)
-        return resize_adapter(adapter, out, progress, rank=rank, name=name, base_name=base)
+        from lora_tune.adapter.resize import fold_adapter, resize_adapter
 
-    return _registered(name or name_of(adapter), registry, make)
+        if rank is None:
+            return fold_adapter(adapter, out, progress, name=called, base_name=base)
+        return resize_adapter(adapter, out, progress, rank=rank, name=called, base_name=base)
+
+    return _registered(called, registry, make)
 
 
 def push(
@@ -181,23 +201,47 @@ def push(
 
 
 def merge(
-    spec: str, out: Path, *, also: Sequence[str], onto: str, base: str | None, registry: Path | None, progress: Progress
+    spec: str,
+    out: Path,
+    *,
+    also: Sequence[str],
+    onto: str,
+    dtype: str | None,
+    base: str | None,
+    registry: Path | None,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Merge adapters into their base and return the receipt.
 
+    Args:
+        spec: as one of `compose`; a weight other than 1 is noted, since it may have been meant as part of a path.
+        out: the new folder.
+        also: others, as those of `compose`.
+        onto: which weights of the base.
+        dtype: what is written, bf16 or fp32; None takes what the base computed in while training.
+        base: another place of the base.
+        registry: its folder; None takes the default.
+        progress: told what is being done.
+
     Raises:
-        UsageError: `onto` is none of trained, original (exit 2).
+        UsageError: `onto` is none of trained, original, or `dtype` none of bf16, fp32 (exit 2).
     """
+    if dtype not in (None, "bf16", "fp32"):
+        raise UsageError(f"--dtype {dtype}: expected bf16 or fp32", hint="leave it out to write what was trained with")
     if onto not in ("trained", "original"):
         raise UsageError(
             f"--onto {onto}: expected trained or original",
             hint="merging inside quantized weights would round the adapter away, so that is not offered",
         )
     adapters = [_weighted(given, registry) for given in (spec, *also)]
+    first, weight = adapters[0]
+    if weight != 1:
+        render.note(f"note: {first.label} is merged with the weight {weight:g}")
+    say_unverified([files for files, _ in adapters])
     from lora_tune.adapter.merge import merge_adapters
 
     way = cast(Literal["trained", "original"], onto)
-    return asdict(merge_adapters(adapters, out, progress, onto=way, base_name=base))
+    return asdict(merge_adapters(adapters, out, progress, onto=way, base_name=base, dtype=cast(Any, dtype)))
 
 
 def export(
@@ -207,7 +251,7 @@ def export(
     folder = Path(spec)
     from lora_tune.adapter import convert
 
-    if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+    if spec and (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         if to != "gguf":
             raise UsageError(f"--to {to}: {spec} is a whole model; that is written as gguf only")
         from lora_tune.adapter.gguf_files import held_dtype, model_to_gguf
@@ -215,6 +259,7 @@ def export(
         wanted = cast(Any, dtype or held_dtype(folder))
         return {"to": to, "file": str(model_to_gguf(folder, out, dtype=wanted)), "dtype": wanted}
     adapter = open_spec(spec, registry)
+    say_unverified([adapter])
     report = convert.export_adapter_to(
         adapter, out, progress, to=cast(Any, to), base_name=base, base_dtype=cast(Any, dtype)
     )
@@ -222,7 +267,8 @@ def export(
 
 
 def open_spec(spec: str, registry: Path | None) -> AdapterFiles:
-    """Return the checked adapter that `spec` names."""
+    """Return the checked adapter that `spec` names; a doubt about the alias that it is goes to stderr."""
+    _say_doubts(spec, registry=registry)
     return shelf.open_found(spec, root=registry_root(registry))
 
 
@@ -231,19 +277,42 @@ def registry_root(registry: Path | None) -> Path:
     return registry if registry is not None else shelf.registry_root()
 
 
+def _say_doubts(*specs: str, registry: Path | None) -> None:
+    root = registry_root(registry)
+    for spec in dict.fromkeys(specs):
+        if said := shelf.why_doubtful(spec, root=root):
+            render.note(f"note: {said}")
+
+
+def say_unverified(adapters: Sequence[AdapterFiles]) -> None:
+    """Say on stderr which of them have no passport."""
+    for files in adapters:
+        if files.manifest is None:
+            render.note(
+                f"note: {files.label} is unverified: it has no passport, so nothing says on which base, tokenizer and "
+                "template it was trained, or how it must answer"
+            )
+
+
 def _weighted(given: str, registry: Path | None) -> tuple[AdapterFiles, float]:
-    spec, equals, weight = given.rpartition("=")
+    # All of it may be a folder's path, and then none of it is a weight.
+    if "=" not in given or shelf.is_folder(given):
+        return open_spec(given, registry), 1.0
+    spec, _, weight = given.rpartition("=")
     try:
-        factor = float(weight) if equals else 1.0
+        factor = float(weight)
     except ValueError as err:
-        raise UsageError(f"{given}: {weight!r} is no weight", hint="write NAME=0.5") from err
-    return open_spec(spec if equals else given, registry), factor
+        raise UsageError(
+            f"{given}: {weight!r} is no weight, and there is no folder {given}", hint="write NAME=0.5"
+        ) from err
+    return open_spec(spec, registry), factor
 
 
 def _registered(name: str, registry: Path | None, make: Callable[[Path], Any]) -> dict[str, Any]:
     root = registry_root(registry)
     shelf.ensure_writable(root, name=name)
     with tempfile.TemporaryDirectory(prefix="lora_tune-") as folder:
-        report = make(Path(folder) / name)
-        version = shelf.add(Path(folder) / name, name, root=root)
+        made = Path(folder) / "adapter"
+        report = make(made)
+        version = shelf.add(made, name, root=root)
     return {**report.as_dict(), "folder": str(version.folder), "adapter": version.spec}

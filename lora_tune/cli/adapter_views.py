@@ -10,13 +10,14 @@ from lora_tune.cli.visible import visible
 
 
 def adapters(found: Mapping[str, Any], *, as_json: bool) -> None:
-    """Print the registry."""
+    """Print the registry, and on stderr what may be wrong with it."""
+    if found["journal_damage"]:
+        render.note(f"note: {found['journal_damage']}")
     if as_json:
         render.json_object(found)
         return
     if not found["adapters"]:
         print(f"no adapters in {found['registry']}/")
-        return
     for row in found["adapters"]:
         name = row["adapter"] + (f" ({', '.join(row['aliases'])})" if row["aliases"] else "")
         if "refused" in row:
@@ -24,8 +25,10 @@ def adapters(found: Mapping[str, Any], *, as_json: bool) -> None:
             continue
         print(
             f"{name:<28} {row['variant']} rank {row['rank']}, {row['bytes'] / 1e6:.1f} MB, {visible(row['base'])} "
-            f"({row['quantization']}), {_figure(row['figures'])}{_date(row['added_at'])}"
+            f"({row['quantization']}), {_figure(row['figures'])}{_date(row['added_at'])}, sha256:{row['digest'][:12]}"
         )
+    for alias, spec in found["dangling_aliases"].items():
+        print(f"{alias:<28} points to {spec}, which is not there; promote another version, or remove the alias")
 
 
 def portability(found: Mapping[str, Any], *, as_json: bool) -> None:

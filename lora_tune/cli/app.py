@@ -1,7 +1,9 @@
 """The command line: each command reads, calls and renders; heavy imports stand inside, so that --help answers at once."""
 
+import signal
 import sys
 import traceback
+from contextlib import closing
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +13,7 @@ import typer
 from lora_tune import __version__
 from lora_tune.cli import render
 from lora_tune.cli.adapters_app import adapters_app
-from lora_tune.cli.options import Adapter, Base, Debug, Json, Recipe, Registry, Sets
+from lora_tune.cli.options import Adapter, Base, Debug, EngineName, Json, Quantization, Recipe, Registry, Sets
 from lora_tune.errors import LoraTuneError, UsageError
 
 INTERRUPTED = 130
@@ -118,12 +120,50 @@ def chat(model: Annotated[str, typer.Argument(help="An adapter, or a base: built
         talk = verbs.open_chat(
             model, system=system, system_from=system_from, base=base, registry=registry, progress=progress
         )
-    render.chat(talk, prompt, max_tokens=max_tokens, temperature=temperature, as_json=as_json)
+    with closing(talk):
+        render.chat(talk, prompt, max_tokens=max_tokens, temperature=temperature, as_json=as_json)
+
+
+@app.command()
+def serve(what: Annotated[str | None, typer.Argument(metavar="[BASE|RUN|ADAPTER]", help="A base, a run's folder, or an adapter; default the registry's prod, or its only adapter.", show_default=False)] = None,  # noqa: PLR0913, PLR0917 - each is an option of its own
+          adapter: Annotated[list[str] | None, typer.Option("--adapter", metavar="[NAME=]ADAPTER", help="An adapter to serve, under another name or its own: a folder or in the registry; repeatable.")] = None,
+          follow: Annotated[list[str] | None, typer.Option("--follow", metavar="ALIAS", help="Serve what this alias of the registry points to, now and whenever it moves; repeatable.")] = None,
+          engine: Annotated[EngineName, typer.Option("--engine", help="auto: native, and simple where native cannot (DoRA, say). vllm: for many GPUs.")] = "auto",
+          vllm_url: Annotated[list[str] | None, typer.Option("--vllm-url", metavar="URL", help="A vLLM server that runs already; repeatable for replicas.")] = None,
+          host: Annotated[str, typer.Option("--host", help="Address to listen on; other than this machine's own only with an API key.")] = "127.0.0.1",
+          port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
+          api_key_file: Annotated[Path | None, typer.Option("--api-key-file", help="File with one API key a line; also LORA_TUNE_API_KEY.")] = None,
+          admin_key_file: Annotated[Path | None, typer.Option("--admin-key-file", help="File with one admin key a line; also LORA_TUNE_ADMIN_KEY. Without one, nobody can load or promote over HTTP.")] = None,
+          allow_host: Annotated[list[str] | None, typer.Option("--allow-host", metavar="HOST", help="Another name that requests may ask for; repeatable.")] = None,
+          allow_origin: Annotated[list[str] | None, typer.Option("--allow-origin", metavar="ORIGIN", help="Web pages elsewhere that may ask, https://example.org; repeatable.")] = None,
+          max_context: Annotated[int | None, typer.Option("--max-context", min=2, help="Most tokens of prompt and answer together; default what the base was made for.")] = None,
+          max_running: Annotated[int, typer.Option("--max-running", min=1, max=4096, help="Answers at once; others wait.")] = 16,
+          max_adapters: Annotated[int, typer.Option("--max-adapters", min=0, max=4096, help="Adapter versions in memory at once.")] = 16,
+          max_rank: Annotated[int, typer.Option("--max-rank", min=1, max=1024, help="Largest rank of an adapter that comes later.")] = 64,
+          name: Annotated[str | None, typer.Option("--name", help="What clients call the base; default its own name.")] = None,
+          state: Annotated[Path | None, typer.Option("--state", help="File that holds what is loaded and promoted, over restarts; default in the registry.")] = None,
+          page: Annotated[bool, typer.Option("--page/--no-page", help="Serve the page at /.")] = True,
+          quantization: Annotated[Quantization | None, typer.Option("--quantization", help="How the base is held in memory; default as its adapter was trained.")] = None,
+          base: Base = None, registry: Registry = None, as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
+    """Serve a base and its adapters over an OpenAI-compatible API, with a page to try them."""
+    from lora_tune.cli import serve_verbs
+
+    wish = serve_verbs.ServeWish(
+        what, tuple(adapter or ()), tuple(follow or ()), base=base, quantization=quantization, engine=engine, vllm_urls=tuple(vllm_url or ()),
+        host=host, port=port, api_key_file=api_key_file, admin_key_file=admin_key_file, allow_hosts=tuple(allow_host or ()),
+        allow_origins=tuple(allow_origin or ()), max_context=max_context, max_running=max_running, max_adapters=max_adapters,
+        max_rank=max_rank, name=name, registry=serve_verbs.registry_root(registry), state=state, page=page,
+    )  # fmt: skip
+    with render.Progress() as progress:
+        server = serve_verbs.open_server(wish, progress)
+    render.serving(server.facts, as_json=as_json)
+    server.run()
 
 
 @app.command()
 def merge(adapter: Adapter, out: Annotated[Path, typer.Argument(help="New folder for the merged model.", show_default=False)],
           also: Annotated[list[str] | None, typer.Option("--also", metavar="ADAPTER[=WEIGHT]", help="Another adapter to merge in; repeatable.")] = None,
+          dtype: Annotated[str | None, typer.Option("--dtype", help="What is written: bf16 or fp32; default what the base computed in while training.")] = None,
           onto: Annotated[str, typer.Option("--onto", help="trained: the weights as they were while training; original: those of the base's files.")] = "trained",
           base: Base = None, registry: Registry = None, as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
     """Merge an adapter into its base, with a receipt of what that changed."""
@@ -131,7 +171,7 @@ def merge(adapter: Adapter, out: Annotated[Path, typer.Argument(help="New folder
 
     with render.Progress() as progress:
         receipt = adapter_verbs.merge(
-            adapter, out, also=also or (), onto=onto, base=base, registry=registry, progress=progress
+            adapter, out, also=also or (), onto=onto, dtype=dtype, base=base, registry=registry, progress=progress
         )
     render.result(receipt, as_json=as_json, title=f"merged into {out}")
 
@@ -195,7 +235,13 @@ def main(argv: list[str] | None = None) -> None:
     if isinstance(sys.stdout, TextIOWrapper):
         # Rows hold any character, and a terminal's encoding may lack it: show its number instead of failing.
         sys.stdout.reconfigure(errors="backslashreplace")
+    # Ended from outside, what is half-made is cleared away as after any other failure.
+    signal.signal(signal.SIGTERM, _end)
     sys.exit(run(arguments))
+
+
+def _end(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def run(arguments: list[str]) -> int:

@@ -1,7 +1,7 @@
 """Arguments and options that several commands share."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -21,3 +21,5 @@ Base = Annotated[
 Registry = Annotated[
     Path | None, typer.Option("--registry", help="Registry folder; default LORA_TUNE_ADAPTERS, or adapters/.")
 ]
+EngineName = Literal["auto", "native", "simple", "vllm"]
+Quantization = Literal["none", "nf4", "int8"]

@@ -157,6 +157,36 @@ def chat(talk: Talker, prompt: str | None, *, max_tokens: int, temperature: floa
         json_object({"model": talk.name, "messages": turns, "answer": turns[-1]["content"] if turns else None})
 
 
+def serving(facts: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print what is served where, and a first request to copy."""
+    for warning in facts["warnings"]:
+        note(f"warning: {warning}")
+    if as_json:
+        json_object(facts)
+        sys.stdout.flush()
+        return
+    held = "" if facts["quantization"] == "none" else f", held in {facts['quantization']}"
+    why = f" ({visible(facts['engine_why'])})" if facts["engine_why"] else ""
+    print(f"engine   {facts['engine']}{why}")
+    print(f"base     {visible(facts['base'])}{held}, {facts['max_context_tokens']:,} tokens of context")
+    for adapter in facts["adapters"]:
+        aliases = f", also as {', '.join(adapter['aliases'])}" if adapter["aliases"] else ""
+        print(f"adapter  {adapter['id']}{aliases}: {_VERDICTS[adapter['verdict']]}")
+    print(f"url      {facts['url']}" + ("/  (page), /v1 (OpenAI's API)" if facts["page"] else "/v1  (OpenAI's API)"))
+    key = ' -H "Authorization: Bearer $LORA_TUNE_API_KEY"' if facts["needs_key"] else ""
+    asked = {"model": facts["model"], "messages": [{"role": "user", "content": "Hello"}]}
+    body = json.dumps(asked).replace("'", "\\u0027")
+    print(f"try      curl {facts['url']}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
+    sys.stdout.flush()
+
+
+_VERDICTS = {
+    "equal": "answers as in training",
+    "close": "answers close to how it did in training",
+    "unverified": "unverified: it has no passport",
+}
+
+
 def _ask(asking: bool) -> str | None:
     if asking:
         print("> ", end="", file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from lora_tune.adapter import registry as shelf
@@ -96,27 +97,45 @@ def _held_out_rows(adapter: AdapterFiles, data: Path | None, registry: Path) -> 
 class Talk:
     """A conversation that can be continued."""
 
-    model: Any
+    engine: Any
+    adapter: str
+    """The engine's key of who answers."""
     tokenizer: Any
     name: str
     system: str | None
 
     def answer(self, turns: list[dict[str, str]], *, max_tokens: int, temperature: float) -> Iterator[str]:
-        """Yield the answer to the turns so far, piece by piece."""
+        """Yield the answer to the turns so far, piece by piece.
+
+        Raises:
+            RequestError: the conversation does not fit the base's context (exit 2).
+        """
         from lora_tune.data.messages import Message
         from lora_tune.data.tokens import prompt_ids
-        from lora_tune.model.generate import stop_ids, stream_answer
+        from lora_tune.serving.engine import Finish, Sampling, Work
+        from lora_tune.serving.text import AnswerText
 
         system = [Message("system", self.system)] if self.system else []
         ids = prompt_ids(self.tokenizer, [*system, *(Message(turn["role"], turn["content"]) for turn in turns)])
-        yield from stream_answer(
-            self.model,
-            self.tokenizer,
-            ids,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            ends=stop_ids(self.model, self.tokenizer),
-        )
+        events: SimpleQueue[Any] = SimpleQueue()
+        sampling = Sampling(max_tokens=max_tokens, temperature=temperature)
+        answering = self.engine.submit(Work(tuple(ids), self.adapter, sampling), events.put)
+        text = AnswerText(self.tokenizer)
+        try:
+            while not isinstance(event := events.get(), Finish):
+                if piece := text.feed(event.id):
+                    yield piece
+        finally:
+            # Whoever listened may have gone away in the middle.
+            answering.cancel()
+        if event.error is not None:
+            raise event.error
+        if rest := text.finish():
+            yield rest
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self.engine.close()
 
 
 def open_chat(
@@ -134,30 +153,59 @@ def open_chat(
     """
     if system is None and system_from is not None:
         system = _trained_system(_open(system_from, registry))
-    if _is_base(name, registry):
-        section = BaseSection(
-            name=name if name.startswith("builtin:") or not Path(name).exists() else str(Path(name).resolve())
-        )
-        locate(section)
-        from lora_tune.adapter.live import open_base
+    if is_base(name, _root(registry)):
+        return _talk(section_of(name), None, name, system, progress)
+    adapter = _open(name, registry)
+    from lora_tune.adapter.live import base_section
 
-        live = open_base(section, progress)
-    else:
-        adapter = _open(name, registry)
-        from lora_tune.adapter.live import open_live
-
-        system = _trained_system(adapter) if system is None else system
-        live = open_live(adapter, progress, base_name=base)
-    return Talk(live.model, live.tokenizer, name, system)
+    system = _trained_system(adapter) if system is None else system
+    return _talk(base_section(adapter, base), adapter, name, system, progress)
 
 
-def _is_base(name: str, registry: Path | None) -> bool:
+def _talk(
+    section: BaseSection, adapter: AdapterFiles | None, name: str, system: str | None, progress: Progress
+) -> Talk:
+    locate(section)
+    from lora_tune.serving import threads
+
+    threads.leave_to_engine()
+    from lora_tune.adapter.fence import fence_template
+    from lora_tune.adapter.live import own_template
+    from lora_tune.model.load import load_tokenizer
+    from lora_tune.serving.engine import BASE
+    from lora_tune.serving.opening import open_engine
+
+    engine, served, _ = open_engine(
+        section, engine="auto", progress=progress, needs=[adapter] if adapter else [],
+        max_adapters=1, max_rank=adapter.shape.rank if adapter else 1, max_running=1,
+    )  # fmt: skip
+    if adapter is None:
+        return Talk(engine, BASE, served.tokenizer, name, system)
+    template, tokenizer = own_template(adapter), served.tokenizer
+    try:
+        engine.load(name, adapter)
+        if template is not None:
+            tokenizer = fence_template(load_tokenizer(served.files, template_text=template))
+    except BaseException:
+        engine.close()
+        raise
+    return Talk(engine, name, tokenizer, name, system)
+
+
+def section_of(name: str) -> BaseSection:
+    """Return the base that the command line names; a path is absolute."""
+    known = name.startswith("builtin:") or not Path(name).exists()
+    return BaseSection(name=name if known else str(Path(name).resolve()))
+
+
+def is_base(name: str, registry: Path) -> bool:
+    """Return whether a name on the command line is a base's rather than an adapter's."""
     path = Path(name)
     if name.startswith("builtin:") or name.endswith(".gguf"):
         return True
     if path.is_dir():
         return (path / "config.json").is_file() and not (path / "adapter_config.json").is_file()
-    return "/" in name and not name.startswith((".", "/", "~")) and not (_root(registry) / name).exists()
+    return "/" in name and not name.startswith((".", "/", "~")) and not (registry / name).exists()
 
 
 def _trained_system(adapter: AdapterFiles) -> str | None:
@@ -165,7 +213,11 @@ def _trained_system(adapter: AdapterFiles) -> str | None:
 
 
 def _open(spec: str, registry: Path | None) -> AdapterFiles:
-    return shelf.open_found(spec, root=_root(registry))
+    from lora_tune.cli.adapter_verbs import open_spec, say_unverified
+
+    files = open_spec(spec, registry)
+    say_unverified([files])
+    return files
 
 
 def _root(registry: Path | None) -> Path:

@@ -76,7 +76,7 @@ def file_digest(path: Path) -> str:
 
 
 def kept_file_digest(path: Path) -> str:
-    """Return the sha256 of a file's bytes, hashed once: it is kept in the cache by path, size and time of change."""
+    """Return the sha256 of a file's bytes, hashed once: it is kept in the cache, see `_digest_place`."""
     place = _digest_place("file", path)
     kept = _recall(place)
     if set(kept) == {"sha256"}:
@@ -196,7 +196,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def fingerprint(folder: Path) -> Fingerprint:
     """Return what the base in `folder` is.
 
-    Every weight is hashed, once: digests are kept in the cache by path, size and time of change.
+    Every weight is hashed, once: digests are kept in the cache, see `_digest_place`.
 
     Raises:
         MissingInputError: config or weights are missing or damaged.
@@ -287,8 +287,12 @@ def _tensor_digests(path: Path, header: Mapping[str, TensorInfo]) -> dict[str, s
 
 
 def _digest_place(kind: str, path: Path) -> Path:
+    """Return where a file's digests are kept: by path, inode, size, and both times of change.
+
+    Size and mtime alone do not tell: `cp -p`, `rsync -t` and tar set the mtime. Nothing sets the ctime.
+    """
     stat = path.stat()
-    key = canonical_digest([kind, str(path.resolve()), stat.st_size, stat.st_mtime_ns])
+    key = canonical_digest([kind, str(path.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
     return cache_root() / "digests" / f"{key}.json"
 
 

@@ -1,7 +1,6 @@
-"""Prompt ids → answers, through transformers' generate: in batches for measuring, streamed for talking."""
+"""Prompt ids → answers, through transformers' generate, in batches: for measuring."""
 
-from collections.abc import Iterator, Sequence
-from threading import Thread
+from collections.abc import Sequence
 from typing import Any
 
 from lora_tune.data.rendering import LossMaskError
@@ -15,7 +14,6 @@ _GREEDY: dict[str, Any] = {
     "top_k": None,
     "repetition_penalty": 1.0,
 }
-_SAMPLING: dict[str, Any] = {"do_sample": True, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
@@ -68,38 +66,6 @@ def generate_answers(
         for i, row in zip(chosen, output[:, width:].tolist(), strict=True):
             answers[i] = _until_end(row, ends)
     return answers
-
-
-def stream_answer(
-    model: Any, tokenizer: Any, prompt: Sequence[int], *, max_tokens: int, temperature: float, ends: Sequence[int]
-) -> Iterator[str]:
-    """Yield the answer's text piece by piece as it is made; temperature 0 is greedy."""
-    import torch
-    from transformers import TextIteratorStreamer
-
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    failure: list[BaseException] = []
-
-    def run() -> None:
-        sampling = _SAMPLING | {"temperature": temperature} if temperature > 0 else _GREEDY
-        try:
-            with torch.no_grad():
-                model.generate(
-                    input_ids=torch.tensor([list(prompt)], device=model.device),
-                    attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=model.device),
-                    max_new_tokens=max_tokens, streamer=streamer, eos_token_id=list(ends),
-                    pad_token_id=tokenizer.pad_token_id, **sampling,
-                )  # fmt: skip
-        except BaseException as err:  # noqa: BLE001 - carried to the caller's thread, and raised there
-            failure.append(err)
-            streamer.end()
-
-    worker = Thread(target=run, daemon=True)
-    worker.start()
-    yield from streamer
-    worker.join()
-    if failure:
-        raise failure[0]
 
 
 def _until_end(row: Sequence[int], ends: Sequence[int]) -> list[int]:

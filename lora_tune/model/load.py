@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lora_tune.adapter.fence import fence_template
 from lora_tune.errors import MissingInputError, RecipeError
 from lora_tune.model.dense import BaseFiles, quiet
 from lora_tune.model.quantization import keep_unpacked, quantization_plan
@@ -23,6 +24,9 @@ __all__ = [
 ]
 
 Dtype = Literal["bf16", "fp32"]
+
+MERGE_RECEIPT = "merge_receipt.json"
+"""What `lora-tune merge` leaves beside a model that it wrote: its chat template may be one that an adapter brought."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ def place(device: Device, base: BaseSection) -> Placement:
 def load_tokenizer(files: BaseFiles, *, template_text: str | None = None) -> Any:
     """Return the base's fast tokenizer, with the given chat template or its own, and a pad token.
 
+    The template of a merged model is fenced, wherever it is used: it may be an adapter's, which is a stranger's program.
+
     Args:
         files: the base.
         template_text: the chat template itself (`read_template` gives that of a recipe), or None for the base's own.
@@ -115,7 +121,7 @@ def load_tokenizer(files: BaseFiles, *, template_text: str | None = None) -> Any
     if tokenizer.pad_token is None:
         # Harmless here: padding is masked by its position, never by its id.
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return fence_template(tokenizer) if (files.folder / MERGE_RECEIPT).is_file() else tokenizer
 
 
 def load_base(files: BaseFiles, base: BaseSection) -> Any:

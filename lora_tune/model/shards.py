@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lora_tune.errors import MissingInputError
+from lora_tune.errors import CannotCreateError, CannotWriteError, MissingInputError
 from lora_tune.model.fingerprint import TensorInfo, read_config, read_header, weight_files
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -89,6 +89,26 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
                 )
             found[name] = StoredTensor(path, info)
     return found
+
+
+def check_room(out: Path, n_bytes: int) -> None:
+    """Check, before anything is computed, that a model of this size can be written to the new folder `out`.
+
+    Raises:
+        CannotCreateError: it exists, or what it would stand in is a file (exit 73).
+        CannotWriteError: the disk is too full (exit 74).
+    """
+    if out.exists():
+        raise CannotCreateError(f"{out} exists already and is never overwritten", hint="give another folder")
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise CannotCreateError(f"cannot create {out}: {folder} is a file, not a folder", hint="give another folder")
+    free = shutil.disk_usage(folder).free
+    if n_bytes > free:
+        raise CannotWriteError(
+            f"the model takes {n_bytes / 1e9:.2f} GB, but {folder} has {free / 1e9:.2f} GB free; nothing was written",
+            hint="free some space, or give another folder",
+        )
 
 
 def main_dtype(stored: Mapping[str, StoredTensor]) -> str:

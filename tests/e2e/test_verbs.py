@@ -1,5 +1,6 @@
 """The command line from argv to exit code, on a tiny base."""
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -178,6 +179,8 @@ def test_chat_with_a_base_folder(capsys, tiny_bases):
 
 
 def test_streamed_text_equals_the_generated_answer(trained):
+    from lora_tune.adapter.door import open_adapter
+    from lora_tune.adapter.live import open_live
     from lora_tune.cli import verbs
     from lora_tune.data.messages import Message
     from lora_tune.data.tokens import prompt_ids
@@ -191,12 +194,17 @@ def test_streamed_text_equals_the_generated_answer(trained):
         registry=None,
         progress=lambda *_: None,
     )
-    streamed = "".join(talk.answer([{"role": "user", "content": "turn on the lights"}], max_tokens=8, temperature=0.0))
+    turns = [{"role": "user", "content": "turn on the lights"}]
+    with contextlib.closing(talk):
+        streamed = "".join(talk.answer(turns, max_tokens=8, temperature=0.0))
+        # Who stops listening in the middle stops the answer, and can ask again.
+        next(talk.answer(turns, max_tokens=400, temperature=0.0))
+        assert "".join(talk.answer(turns, max_tokens=8, temperature=0.0)) == streamed
     ids = prompt_ids(talk.tokenizer, [Message("system", talk.system), Message("user", "turn on the lights")])
-    whole = generate_answers(
-        talk.model, talk.tokenizer, [ids], max_tokens=8, ends=stop_ids(talk.model, talk.tokenizer)
-    )[0]
-    assert streamed == talk.tokenizer.decode(whole, skip_special_tokens=True)
+    live = open_live(open_adapter(trained / "run" / "adapter"), lambda *_: None)
+    ends = stop_ids(live.model, live.tokenizer)
+    whole = generate_answers(live.model, live.tokenizer, [ids], max_tokens=8, ends=ends)[0]
+    assert streamed == live.tokenizer.decode(whole, skip_special_tokens=True)
 
 
 def test_a_batch_answers_as_each_prompt_alone(trained):

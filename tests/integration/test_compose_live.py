@@ -3,12 +3,13 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_tune.adapter import derived
+from lora_tune.adapter import compose, derived
 from lora_tune.adapter.compose import ComposePlan, compose_adapters
 from lora_tune.adapter.door import CONFIG, WEIGHTS, open_adapter
 from lora_tune.adapter.live import open_live
@@ -306,6 +307,18 @@ def test_nothing_is_overwritten_and_a_failure_leaves_nothing(tmp_path, trained, 
     with pytest.raises(TrainingError, match="nothing was written"):
         compose_adapters([(files, 1.0)], tmp_path / "out", _ignore, plan=ComposePlan("concat", "sum"))
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_an_exact_sum_that_loses_the_adapters_is_refused_however_small_they_are(tmp_path, trained, monkeypatch):
+    real = compose.concatenated
+    monkeypatch.setattr(derived, "EXACT_KL", {"fp32": 10.0, "bf16": 10.0, "int8": 10.0})  # a rounding that hides all
+    monkeypatch.setattr(compose, "concatenated", lambda terms: replace(real(terms), b=real(terms).b * 0))
+    with pytest.raises(TrainingError, match="nothing was written") as caught:
+        compose_adapters(
+            [(open_adapter(trained("all")), 1.0)], tmp_path / "out", _ignore, plan=ComposePlan("concat", "s")
+        )
+    assert "--dtype fp32" in caught.value.hint
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_base_and_a_rank_that_cannot_be_are_refused(tmp_path, tiny_bases, trained):

@@ -1,5 +1,7 @@
 """GGUF files read back: an adapter's update is PEFT's, a whole model's logits are transformers', and so are its tokens."""
 
+import json
+
 import gguf
 import numpy as np
 import peft
@@ -8,10 +10,11 @@ import torch
 import transformers as hf
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS
 
+from lora_tune.adapter import gguf_files
 from lora_tune.adapter.apply import apply_lora
 from lora_tune.adapter.convert import ENGINES, export_adapter_to
 from lora_tune.adapter.door import open_adapter
-from lora_tune.adapter.gguf_files import held_dtype, model_to_gguf
+from lora_tune.adapter.gguf_files import held_dtype, model_to_gguf, window_note
 from lora_tune.adapter.live import open_live
 from lora_tune.adapter.probes import replay_probes
 from lora_tune.cli import recipe_verbs
@@ -84,10 +87,18 @@ def _adapter(folder, base, *, variant="lora", targets="all-linear", rank=4):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Return the folder of an rsLoRA adapter with a passport."""
-    root = tmp_path_factory.mktemp("trained")
+    """Return the folder of an rsLoRA adapter with a passport; its √rank is not whole."""
+    return _trained(tmp_path_factory.mktemp("trained"), lora={"variant": "rslora", "rank": 3})
+
+
+@pytest.fixture(scope="module")
+def trained_on_nf4(tmp_path_factory):
+    return _trained(tmp_path_factory.mktemp("nf4"), base={"quantization": "nf4"})
+
+
+def _trained(root, **sections):
     base = _save(root / "base", tiny_model("llama"))
-    recipe = write_recipe(root, base, lora={"variant": "rslora"}, train={"max_steps": 2})
+    recipe = write_recipe(root, base, train={"max_steps": 2}, **sections)
     recipe_verbs.train(recipe, (), run_dir=root / "run", dry_run=False, registry=root / "adapters", notify=_ignore)
     return root / "run" / "adapter"
 
@@ -134,6 +145,74 @@ def test_a_trained_adapter_takes_its_passport_along(tmp_path, trained, to):
     if to == "ollama":
         # the system message that every row had
         assert 'SYSTEM """Reply with one JSON call."""' in (tmp_path / "out" / "Modelfile").read_text()
+
+
+@pytest.mark.parametrize("to", [engine for engine in ENGINES if engine != "ollama"])
+def test_what_a_quantized_adapter_needs_is_said_wherever_it_goes(tmp_path, trained_on_nf4, trained, to):
+    report = export_adapter_to(open_adapter(trained_on_nf4), tmp_path / "out", _ignore, to=to)
+    (note,) = [note for note in report.notes if "nf4" in note]
+    assert "lora-tune merge NAME OUT --onto trained" in note
+    assert ("BitsAndBytesConfig(load_in_4bit=True" in note) == (to == "peft")
+    report = export_adapter_to(open_adapter(trained), tmp_path / "plain", _ignore, to=to)
+    assert not any("full-precision" in note for note in report.notes)
+
+
+def test_an_ollama_folder_holds_the_base_as_while_training(tmp_path, trained_on_nf4):
+    report = export_adapter_to(open_adapter(trained_on_nf4), tmp_path / "out", _ignore, to="ollama")
+    assert any("nf4, dequantized" in note for note in report.notes)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == list(report.files)
+    base = trained_on_nf4.parents[1] / "base"
+    held = hf.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+    )  # fmt: skip
+    with quiet(), torch.no_grad():
+        again = hf.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "out", gguf_file="base.gguf", dtype=torch.float32, quantization_config=hf.GgufConfig(dequantize=True)
+        ).eval()  # fmt: skip
+        theirs = hf.AutoModelForCausalLM.from_pretrained(base, quantization_config=held, dtype=torch.float32)
+        theirs = _rounded(theirs.dequantize(torch.float32).eval(), "f16")
+        plain = hf.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+        ours, wanted, original = (model(input_ids=IDS).logits for model in (again, theirs, plain))
+    assert torch.allclose(ours, wanted, atol=1e-4)
+    assert float((wanted - original).abs().max()) > 1e-3
+
+
+def test_what_a_config_leaves_out_is_its_familys_default(tmp_path):
+    """Mistral's default is 8 heads of keys, also of a base with 16 heads."""
+    torch.manual_seed(0)
+    config = hf.MistralConfig(**WIDE | {"num_attention_heads": 16, "num_key_value_heads": 8}, sliding_window=None)
+    base = _save(tmp_path / "base", hf.AutoModelForCausalLM.from_config(config))
+    files, _ = _adapter(tmp_path / "a", base)
+    written = {}
+    for left_out in ((), ("num_key_value_heads",), ("num_key_value_heads", "rms_norm_eps")):
+        values = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps({key: values[key] for key in values if key not in left_out}))
+        out = tmp_path / f"out-{len(left_out)}"
+        export_adapter_to(files, out, _ignore, to="gguf", base_name=str(base))
+        reader = gguf.GGUFReader(out / "adapter.gguf")
+        written[left_out] = {tensor.name: tensor.data.copy() for tensor in reader.tensors}
+    first, *others = written.values()
+    for other in others:
+        assert first.keys() == other.keys()
+        assert all(np.array_equal(first[name], other[name]) for name in first)
+
+
+def test_a_window_that_cuts_the_context_is_said(tmp_path):
+    config = hf.MistralConfig(**WIDE, sliding_window=64)
+    base = _save(tmp_path / "base", hf.AutoModelForCausalLM.from_config(config))
+    assert "64 tokens instead of 512" in window_note(base)
+    files, _ = _adapter(tmp_path / "a", base)
+    report = export_adapter_to(files, tmp_path / "out", _ignore, to="ollama", base_name=str(base))
+    assert window_note(base) in report.notes
+
+
+def test_a_disk_without_hard_links_gets_its_file_too(tmp_path, bases, monkeypatch):
+    def no_links(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(gguf_files.os, "link", no_links)
+    model_to_gguf(bases("llama"), tmp_path / "m.gguf", dtype="f16")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 8])

@@ -12,15 +12,20 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config
 from transformers.pytorch_utils import Conv1D
 
+from lora_tune.adapter import live as live_module
 from lora_tune.adapter import merge
 from lora_tune.adapter.door import open_adapter
-from lora_tune.adapter.live import open_live
+from lora_tune.adapter.gguf_files import model_to_gguf
+from lora_tune.adapter.live import open_base, open_live
 from lora_tune.adapter.merge import merge_adapter, merge_adapters, plan_merge, write_merged
 from lora_tune.cli import recipe_verbs
+from lora_tune.data.messages import Message
+from lora_tune.data.rendering import render
 from lora_tune.errors import (
+    AdapterError,
     AdapterMismatchError,
     CannotCreateError,
     CannotWriteError,
@@ -28,8 +33,12 @@ from lora_tune.errors import (
     TrainingError,
     UsageError,
 )
-from lora_tune.model.fingerprint import read_header
-from tests.tiny import ARCHITECTURES, write_recipe
+from lora_tune.model import shards
+from lora_tune.model.dense import BaseFiles
+from lora_tune.model.fingerprint import fingerprint, read_header
+from lora_tune.model.load import load_tokenizer
+from lora_tune.recipe.schema import BaseSection
+from tests.tiny import ARCHITECTURES, CHATML, tiny_tokenizer, write_recipe
 
 IDS = torch.tensor([[5, 9, 300, 41, 41, 7, 120, 33, 260, 11, 4, 380]])
 AT_ONCE = [("llama", "rslora"), ("qwen3", "lora"), ("gpt2", "dora"), ("llama", "nf4"), ("gpt2", "int8")]
@@ -193,8 +202,8 @@ def test_a_quantized_base_is_merged_onto_what_was_trained_or_onto_the_original(
 def test_a_bf16_merge_is_within_its_bound(tmp_path, trained):
     files = open_adapter(trained("llama", "nf4", base={"dtype": "bf16"}))
     receipt = merge_adapter(files, tmp_path / "out", _ignore, onto="trained")
-    assert (receipt.dtype, receipt.max_kl) == ("bf16", 1e-2)
-    assert receipt.kl <= 1e-2
+    assert receipt.dtype == "bf16"
+    assert receipt.kl <= receipt.max_kl == min(1e-2, receipt.kl_of_effect / 10)
     assert {info.dtype for info in read_header(tmp_path / "out" / "model.safetensors").values()} == {"BF16"}
 
 
@@ -333,7 +342,7 @@ def test_a_merge_that_fails_leaves_nothing(tmp_path, tiny_bases, monkeypatch, fa
     elif failure == "another template":
         monkeypatch.setattr(merge, "copy_beside", template)
     elif failure == "no room":
-        monkeypatch.setattr(merge.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+        monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
         error = CannotWriteError
     else:
         monkeypatch.setattr(merge, "copy_beside", fail)
@@ -342,6 +351,148 @@ def test_a_merge_that_fails_leaves_nothing(tmp_path, tiny_bases, monkeypatch, fa
         merge_adapter(files, tmp_path / "out" / "m", _ignore, onto="trained", base_name=str(base))
     assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
     assert {path: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
+
+
+def test_a_place_inside_of_a_file_is_refused_before_any_model_is_loaded(tmp_path, trained, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(merge, "plan_merge", lambda *_, **__: pytest.fail("it began to work"))
+    with pytest.raises(CannotCreateError, match="is a file"):
+        merge_adapter(open_adapter(trained("llama", "none")), tmp_path / "file" / "out", _ignore, onto="trained")
+
+
+def test_a_base_on_which_the_adapter_does_not_behave_as_its_passport_says_is_refused(
+    tmp_path, tiny_bases, trained, monkeypatch
+):
+    files = open_adapter(trained("llama", "none"))
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny_bases("llama"), damaged)
+    weights = {name: tensor * 0.5 for name, tensor in load_file(damaged / "model.safetensors").items()}
+    save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
+    # As if its digests had been kept from before.
+    monkeypatch.setattr(live_module, "fingerprint", lambda _: fingerprint(tiny_bases("llama")))
+    for onto in ("trained", "original"):
+        with pytest.raises(AdapterMismatchError, match="does not behave") as caught:
+            merge_adapter(files, tmp_path / "out", _ignore, onto=onto, base_name=str(damaged))
+        assert (caught.value.exit_code, caught.value.where) == (77, "probes")
+        assert caught.value.hint
+        assert not (tmp_path / "out").exists()
+
+
+def _weak_adapter(base, folder, share):
+    """Write an adapter whose change is `share` of a random one's."""
+    _random_adapter(base, folder)
+    state = load_file(folder / "adapter_model.safetensors")
+    weakened = {name: tensor * (share if "lora_B" in name else 1) for name, tensor in state.items()}
+    save_file(weakened, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return open_adapter(folder)
+
+
+def test_an_adapter_that_bf16_would_round_away_is_refused_and_fp32_keeps_it(tmp_path, tiny_bases):
+    base = tiny_bases("llama")
+    files = _weak_adapter(base, tmp_path / "a", 0.01)
+    with pytest.raises(TrainingError, match="nothing was written") as caught:
+        merge_adapter(files, tmp_path / "out", _ignore, onto="trained", base_name=str(base), dtype="bf16")
+    assert "--dtype fp32" in caught.value.hint
+    assert not (tmp_path / "out").exists()
+    receipt = merge_adapter(files, tmp_path / "out", _ignore, onto="trained", base_name=str(base), dtype="fp32")
+    assert receipt.kl_of_writing <= receipt.max_kl <= receipt.kl_of_effect / 10
+    assert receipt.dtype == "fp32"
+
+
+def test_an_adapter_of_no_effect_is_merged_all_the_same(tmp_path, tiny_bases):
+    base = tiny_bases("llama")
+    files = _weak_adapter(base, tmp_path / "a", 0.0)
+    receipt = merge_adapter(files, tmp_path / "out", _ignore, onto="trained", base_name=str(base))
+    assert (receipt.kl_of_effect, receipt.max_kl) == (0.0, 1e-6)
+
+
+def test_an_adapter_that_was_trained_in_bf16_is_written_in_fp32_when_asked(tmp_path, trained):
+    files = open_adapter(trained("llama", "nf4", base={"dtype": "bf16"}))
+    receipt = merge_adapter(files, tmp_path / "out", _ignore, onto="trained", dtype="fp32")
+    assert receipt.dtype == "fp32"
+    assert receipt.kl_of_writing <= 1e-6
+    assert {info.dtype for info in read_header(tmp_path / "out" / "model.safetensors").values()} == {"F32"}
+
+
+def test_what_has_no_passport_is_called_unverified_in_receipt_and_card(tmp_path, tiny_bases, trained):
+    foreign = _random_adapter(tiny_bases("llama"), tmp_path / "nopass" / "1")
+    receipt = merge_adapter(foreign, tmp_path / "m", _ignore, onto="trained", base_name=str(tiny_bases("llama")))
+    assert [(part.name, part.verified) for part in receipt.adapters] == [("nopass@1", False)]
+    assert "unverified" in receipt.compared_with
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert "**Unverified**" in card
+    assert "It was trained on" not in card
+    own = merge_adapter(open_adapter(trained("llama", "none")), tmp_path / "n", _ignore, onto="trained")
+    assert own.adapters[0].verified
+    assert "Unverified" not in (tmp_path / "n" / "README.md").read_text()
+
+
+def test_a_head_of_its_own_is_no_conv1d_in_a_gpt2_either(tmp_path):
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=512, n_embd=64, n_layer=2, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    base = tmp_path / "untied"
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    for target in ("c_attn", "lm_head"):
+        settings = peft.LoraConfig(
+            r=4, target_modules=[target], fan_in_fan_out=target == "c_attn", task_type="CAUSAL_LM"
+        )
+        model = peft.get_peft_model(_load(base), settings)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+        model.save_pretrained(tmp_path / target, save_embedding_layers=False)
+    files = _joined(tmp_path / "c_attn", tmp_path / "lm_head", tmp_path / "both")
+    merge_adapter(files, tmp_path / "out", _ignore, onto="trained", base_name=str(base))
+    expected = _load(base)
+    weights = dict(expected.named_parameters())
+    state = load_file(files.folder / "adapter_model.safetensors")
+    for module in files.shape.modules:
+        a, b = (state[f"base_model.model.{module}.lora_{part}.weight"] for part in "AB")
+        change = files.shape.scaling * (b @ a)
+        weights[f"{module}.weight"].data += change if module == "lm_head" else change.T
+    assert float((_logits(_load(tmp_path / "out")) - _logits(expected)).abs().max()) <= 1e-4
+
+
+def _joined(first, second, folder):
+    """Write the layers of two adapters as one."""
+    shutil.copytree(first, folder)
+    state = load_file(first / "adapter_model.safetensors") | load_file(second / "adapter_model.safetensors")
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["target_modules"] = ["c_attn", "lm_head"]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return open_adapter(folder)
+
+
+BOMB = "{% if messages[-1].content == 'zz' %}{{ messages[-1].content * 2000000000 }}{% endif %}" + CHATML
+
+
+def test_a_template_that_came_with_an_adapter_stays_fenced_in_the_merged_model(tmp_path, trained):
+    (tmp_path / "bomb.jinja").write_text(BOMB)
+    files = open_adapter(trained("llama", "none", data={"chat_template": str(tmp_path / "bomb.jinja")}))
+    merge_adapter(files, tmp_path / "out", _ignore, onto="trained")
+    live = open_base(BaseSection(name=str(tmp_path / "out")), _ignore)
+    assert "hello" in render(live.tokenizer, [Message("user", "hello")], add_generation_prompt=True)
+    as_a_base = load_tokenizer(BaseFiles("out", None, tmp_path / "out"))
+    for tokenizer in (live.tokenizer, as_a_base):
+        with pytest.raises(AdapterError, match="stopped"):
+            render(tokenizer, [Message("user", "zz")], add_generation_prompt=True)
+
+
+def test_the_template_of_a_base_that_is_not_built_in_is_fenced_where_it_is_asked_or_converted(tmp_path, tiny_bases):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_bases("llama"), base)
+    (base / "chat_template.jinja").write_text("{{ 'x' * 3000000000 }}")
+    live = open_base(BaseSection(name=str(base)), _ignore)
+    with pytest.raises(AdapterError, match="stopped"):
+        render(live.tokenizer, [Message("user", "hello")])
+    with pytest.raises(AdapterError, match="stopped"):
+        model_to_gguf(base, tmp_path / "m.gguf", dtype="f16")
+    assert not (tmp_path / "m.gguf").exists()
 
 
 def test_a_merge_that_is_killed_leaves_no_model(tmp_path, tiny_bases):

@@ -84,6 +84,7 @@ def check(root, states, source):
     there = {f"{path.parent.name}@{path.name}" for path in root.glob("*/*")}
     assert there == set(versions)
     assert there <= {f"{name}@{number}" for name, number in journal.read_state(root).arrivals}
+    assert journal.read_state(root).unread == ()  # a line that was cut off is not taken for a damaged one
     return now
 
 

@@ -290,3 +290,12 @@ def test_the_peft_lines_run_and_answer_as_ours_do(tmp_path, tiny_bases):
     ours = probe_logits(attach_adapter(base, files, name="default", adapter_dtype="fp32"), ids, 1)
     assert torch.equal(probe_logits(names["model"], ids, 1), ours)
     assert not torch.equal(plain_logits, ours)
+
+
+def test_vllm_is_told_to_hold_the_base_as_while_training():
+    (command,) = blocks(model_card(hub(base__quantization="nf4")), "sh")[-1:]
+    assert " --quantization bitsandbytes " in command
+    assert "--quantization" not in blocks(model_card(hub()), "sh")[-1]
+    card = model_card(hub(base__quantization="int8"))
+    assert "lora-tune merge" in blocks(card, "sh")[-1]
+    assert "slightly" not in card

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from lora_tune.adapter import convert
 from lora_tune.adapter.apply import apply_lora
 from lora_tune.adapter.convert import ENGINES, export_adapter_to, lora_pairs
 from lora_tune.adapter.door import CONFIG, WEIGHTS, open_adapter
@@ -158,6 +159,15 @@ def test_nothing_is_overwritten(tmp_path, adapters, tiny_bases, to):
     with pytest.raises(CannotCreateError):
         export_adapter_to(open_adapter(adapters()[0]), tmp_path / "out", _ignore, to=to, base_name=str(tiny_bases()))
     assert [path.name for path in tmp_path.rglob("*")] == ["out"]
+
+
+@pytest.mark.parametrize("place", ["out", "file/out"])
+def test_a_place_that_cannot_be_written_is_said_before_any_work(tmp_path, adapters, monkeypatch, place):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(convert, "lora_pairs", lambda _: pytest.fail("it began to work"))
+    with pytest.raises(CannotCreateError, match="is a file" if place == "file/out" else "exists already"):
+        export_adapter_to(open_adapter(adapters()[0]), tmp_path / place, _ignore, to="ollama")
 
 
 def test_another_base_and_an_unknown_engine_are_refused(tmp_path, adapters, tiny_bases):

@@ -7,29 +7,30 @@ import pytest
 
 from lora_tune.adapter.card import model_card
 from lora_tune.adapter.door import CONFIG, WEIGHTS, open_adapter
-from lora_tune.adapter.manifest import FILE_NAME, read_manifest
+from lora_tune.adapter.manifest import FILE_NAME, dump_manifest, read_manifest
 from lora_tune.errors import AdapterError, AdapterMismatchError
-from lora_tune.model.fingerprint import file_digest
+from lora_tune.model.fingerprint import canonical_digest, file_digest
 from tests.unit.test_door import write
 
 DIGEST = "0" * 64
+RECIPE = {"base": {"name": "base"}, "data": {"path": "rows.jsonl"}}
 PROBE = {
     "prompt": "Hello?", "input_ids": [1, 2, 3, 4, 5], "answer_start": 3, "top_ids": [[7, 8], [9, 1]],
     "top_logprobs": [[-0.5, -1.5], [-0.5, -1.5]], "base_logprobs": [[-0.5, -1.5], [-0.5, -1.5]],
 }  # fmt: skip
 PASSPORT = {
-    "format": 1, "name": "home", "recipe_digest": DIGEST, "versions": {"lora_tune": "0.1.0"}, "figures": {"train_loss": 1.0},
+    "format": 1, "name": "home", "recipe_digest": canonical_digest(RECIPE), "versions": {"lora_tune": "0.1.0"}, "figures": {"train_loss": 1.0},
     "base": {"name": "base", "revision": None, "quantization": "none", "dtype": "fp32", "config": DIGEST, "tensors": DIGEST, "weights": DIGEST},
     "tokenizer": {"tokenizer": DIGEST, "chat_template": DIGEST, "own_template": None},
     "lora": {"rank": 2, "alpha": 4.0, "scaling": 2.0, "dropout": 0.0, "variant": "lora", "targets": ["q_proj", "v_proj"], "n_parameters": 64},
     "data": {"digest": DIGEST, "rows": 1, "tokens": 9, "trained_tokens": 3, "train_on": "assistant", "max_seq_tokens": 64, "system_message": None},
-    "recipe": {"base": {"name": "base"}, "data": {"path": "rows.jsonl"}},
+    "recipe": RECIPE,
     "probes": [PROBE],
 }  # fmt: skip
 
 
 def with_passport(folder, change=None, *, text=None):
-    """Write an adapter with a passport; `change` maps a dotted field to its value."""
+    """Write an adapter with a passport; `change` maps a dotted field to its value, and its recipe's digest follows."""
     write(folder)
     passport = deepcopy(PASSPORT)
     passport |= {"weights_digest": file_digest(folder / WEIGHTS), "config_digest": file_digest(folder / CONFIG)}
@@ -39,6 +40,8 @@ def with_passport(folder, change=None, *, text=None):
         for part in path:
             target = target[int(part) if part.isdecimal() else part]
         target[last] = value
+    if "recipe_digest" not in (change or {}):
+        passport["recipe_digest"] = canonical_digest(passport["recipe"])
     (folder / FILE_NAME).write_bytes(json.dumps(passport).encode() if text is None else text)
     return folder
 
@@ -47,6 +50,18 @@ def test_a_passport_is_read_and_its_recipe_has_every_setting(tmp_path):
     manifest = open_adapter(with_passport(tmp_path / "a")).manifest
     assert manifest.recipe["base"]["dtype"] == "auto"
     assert manifest.recipe["data"]["max_seq_tokens"] == 1024
+    # Written anew, with every setting, it is still a passport.
+    assert manifest.recipe_digest == canonical_digest(manifest.recipe) != PASSPORT["recipe_digest"]
+    (tmp_path / "a" / FILE_NAME).write_text(dump_manifest(manifest))
+    assert open_adapter(tmp_path / "a").manifest == manifest
+
+
+def test_a_recipe_that_was_changed_is_refused_by_its_digest(tmp_path):
+    digest = PASSPORT["recipe_digest"]
+    with pytest.raises(AdapterMismatchError, match="recipe_digest") as caught:
+        open_adapter(with_passport(tmp_path / "a", {"recipe.train": {"learning_rate": 0.5}, "recipe_digest": digest}))
+    assert caught.value.where == "recipe_digest"
+    assert caught.value.hint
 
 
 def probe(**change):
@@ -90,6 +105,11 @@ HOSTILE = {
     "a prompt that a terminal obeys": (probe(prompt="x\x1b[2Jy"), "control"),
     "a field that a terminal obeys": ({"\x1b[2J": 1}, "x1b"),
     "half a character": ({"name": "x\udc80"}, ""),
+    "a name that is a path": ({"name": "/tmp/escaped/pwn"}, "name is"),
+    "a name that leads upwards": ({"name": "../../x"}, "name is"),
+    "a name that is markup": ({"name": "x` <img src=http://evil/t.png>"}, "name is"),
+    "a name with a line break": ({"name": "x\n"}, ""),
+    "a name of 64 characters": ({"name": "x" * 64}, "name is"),
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import time
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given, settings
@@ -58,6 +59,7 @@ def test_a_rollback_says_itself_where_the_alias_points_whatever_was_lost_before_
 def test_what_is_not_plainly_an_event_of_ours_changes_no_version_and_no_alias(strange):
     state = fold([strange])
     assert (state.arrivals, state.removed, state.aliases) == ({}, frozenset(), {})
+    assert state.unread == (1,)
 
 
 @pytest.mark.parametrize("facts", [
@@ -125,7 +127,10 @@ def test_lines_that_are_none_of_ours_cost_themselves_only(tmp_path_factory, even
     for number, line in enumerate(garbage):
         lines.insert((number * 7) % (len(lines) + 1), line)
     (root / FILE_NAME).write_bytes(b"".join(line + b"\n" for line in lines))
-    assert read_state(root) == fold(events)
+    found, expected = read_state(root), fold(events)
+    assert replace(found, unread=(), doubtful=frozenset()) == replace(expected, unread=(), doubtful=frozenset())
+    strange = sum(1 for line in garbage if line.strip() and not line.endswith(b"\x18"))
+    assert len(found.unread) == len(expected.unread) + strange
 
 
 def test_a_line_of_100_mb_is_passed_over_in_little_memory_and_time(tmp_path):
@@ -152,7 +157,9 @@ def test_the_longest_line_is_read_and_a_longer_one_is_not(tmp_path, longer):
     padded = line[:-2] + b"x" * (journal._MAX_LINE_BYTES - len(line) - 1 + longer) + line[-2:] + b"\n"
     assert len(padded) == journal._MAX_LINE_BYTES + longer
     (tmp_path / FILE_NAME).write_bytes(padded + json.dumps(event("added", number=2)).encode())
-    assert set(read_state(tmp_path).arrivals) == ({("home", 2)} | ({("home", 1)} if longer <= 0 else set()))
+    state = read_state(tmp_path)
+    assert set(state.arrivals) == ({("home", 2)} | ({("home", 1)} if longer <= 0 else set()))
+    assert state.unread == ((1,) if longer > 0 else ())
 
 
 def test_deep_json_is_passed_over(tmp_path):
@@ -203,6 +210,54 @@ def test_a_line_that_a_crash_cut_off_does_not_swallow_the_next(tmp_path):
     append(tmp_path, event("added"))
     assert set(read_state(tmp_path).arrivals) == {("home", 1)}
     assert (tmp_path / FILE_NAME).read_bytes().count(b"\n") == 2
+
+
+def test_a_promotion_says_again_where_an_alias_points_and_a_rollback_goes_past_it():
+    events = [event("promoted", number=number, alias="prod") for number in (1, 2, 2)]
+    assert fold(events).aliases == {"prod": (("home", 1), ("home", 2))}
+
+
+def lines_of(*lines):
+    return b"".join(line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n" for line in lines)
+
+
+MOVED = event("promoted", alias="prod")
+
+
+@pytest.mark.parametrize(
+    "damaged", [b"{\n", b"\0\0\0\n", b'{"event": "promotxd", "alias": "prod"}\n', b"x" * 70_000 + b"\n", b"5\n"]
+)
+@pytest.mark.parametrize("last", [True, False])
+def test_a_damaged_line_is_counted_and_what_it_may_have_moved_is_in_doubt(tmp_path, damaged, last):
+    after = [] if last else [event("added", number=2)]
+    (tmp_path / FILE_NAME).write_bytes(lines_of(MOVED, b"\n", damaged, *after))
+    state = read_state(tmp_path)
+    assert (state.unread, state.doubtful) == ((3,), {"prod"})
+    assert state.aliases == {"prod": (("home", 1),)}
+    append(tmp_path, event("promoted", number=2, alias="test"))
+    assert read_state(tmp_path).doubtful == {"prod"}
+    append(tmp_path, event("promoted", number=2, alias="prod"))
+    assert (read_state(tmp_path).unread, read_state(tmp_path).doubtful) == ((3,), frozenset())
+
+
+def test_whatever_a_crash_cut_off_is_no_damage_not_even_once_more_was_appended(tmp_path):
+    whole = lines_of(event("promoted", number=2, alias="prod"))
+    for cut in range(len(whole) + 1):
+        (tmp_path / FILE_NAME).write_bytes(lines_of(MOVED, whole[:cut]))
+        counts = cut >= len(whole) - 1  # only the line break is missing
+        for number in (3, 4):
+            state = read_state(tmp_path)
+            assert (state.unread, state.doubtful) == ((), frozenset()), cut
+            assert state.aliases["prod"][-1] == ("home", 2 if counts else 1)
+            append(tmp_path, event("added", number=number))
+        assert set(read_state(tmp_path).arrivals) == {("home", 3), ("home", 4)}
+
+
+def test_a_crash_within_the_mark_of_a_crash_is_no_damage(tmp_path):
+    (tmp_path / FILE_NAME).write_bytes(lines_of(MOVED, b'{"alias": "pr\x18'))
+    append(tmp_path, event("added"))
+    assert read_state(tmp_path).unread == ()
+    assert set(read_state(tmp_path).arrivals) == {("home", 1)}
 
 
 @pytest.mark.parametrize("fault", ["short", "full", "sync"])

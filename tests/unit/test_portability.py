@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from lora_tune.adapter.door import open_adapter
 from lora_tune.adapter.portability import ENGINES, GGUF_FAMILIES, VLLM_RANKS, least_vllm_rank, lint_for
 from lora_tune.errors import UsageError
+from tests.unit.test_card import manifest
 from tests.unit.test_door import write
 
 LLAMA = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -118,6 +120,36 @@ def test_the_base_at_hand_decides_where_names_do_not_tell(tmp_path):
     assert verdicts(files, model_type="qwen3")["llamacpp"] == "loads"
     assert verdicts(files, model_type="granite")["llamacpp"] == "refused"
     assert verdicts(files, model_type="stablelm")["vllm"] == "refused"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("held", ["nf4", "int8"])
+def test_an_adapter_of_a_quantized_base_answers_otherwise_on_the_original_one(tmp_path, engine, held):
+    files = replace(adapter(tmp_path / "a"), manifest=manifest(base__quantization=held))
+    found = lint_for(files, engine)
+    assert (found.verdict, found.loads) == ("wrong", True)
+    finding = next(finding for finding in found.reasons if finding.level == "wrong")
+    assert held in finding.what
+    assert "original weights unless told otherwise" in finding.why
+    assert "merge NAME OUT --onto trained" in finding.what_to_do
+    ways = {("vllm", "nf4"): "--quantization bitsandbytes", ("peft", "nf4"): "load_in_4bit=True", ("peft", "int8"): "load_in_8bit=True"}  # fmt: skip
+    assert all((way in finding.what_to_do) == (case == (engine, held)) for case, way in ways.items())
+    assert lint_for(files, engine, held=held).verdict == "loads"
+    other = "int8" if held == "nf4" else "nf4"
+    assert f"holds the base in {other}" in said(files, engine, held=other)
+
+
+def test_an_adapter_of_a_full_precision_base_has_no_such_finding(tmp_path):
+    files = replace(adapter(tmp_path / "a"), manifest=manifest())
+    assert set(verdicts(files).values()) == {"loads"}
+
+
+def test_a_rank_that_vllm_does_not_take_is_said(tmp_path):
+    files = adapter(tmp_path / "a", rank=16)
+    found = lint_for(files, "vllm", max_rank=24)
+    assert found.verdict == "loads"
+    assert "--max-lora-rank 24" in found.reasons[0].what
+    assert "--max-lora-rank 32" in found.reasons[0].what_to_do
 
 
 def test_an_adapter_of_the_head_says_which_classes_take_it(tmp_path):

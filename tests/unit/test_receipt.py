@@ -6,14 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
 from lora_tune.adapter.receipt import (
     GREEDY_TOKENS,
+    NO_EFFECT_KL,
     Difference,
     Part,
     Receipt,
     Said,
     difference,
+    kl_bound,
     merged_card,
     same_prompts,
 )
@@ -77,12 +80,49 @@ def test_a_model_that_says_nan_is_no_number_that_a_bound_lets_through():
 
 def test_the_card_says_what_was_measured_and_against_what():
     receipt = Receipt(
-        0.001, 0.002, 3e-8, 0.995, (None, 4), "original", "nf4", "fp32", (Part("a", 1.0, "d"), Part("b", -0.5, "d")),
-        "the 2 adapters", 4, None, 1e-9, 1e-6, 2e-9, 0.25, "trained", 1, 10,
+        0.001, 0.002, 3e-8, 0.995, (None, 4), "original", "nf4", "fp32", (Part("a", 1.0, "d", True), Part("b", -0.5, "d", True)),
+        "the 2 adapters", 4, None, 1e-9, 1e-6, 0.5, 2e-9, 0.25, "trained", 1, 10,
     )  # fmt: skip
-    card = merged_card('x": [', receipt)
-    assert card.startswith('---\nbase_model: "x\\": ["\n')
+    card = merged_card("owner/tiny", receipt)
+    assert card.startswith('---\nbase_model: "owner/tiny"\nlibrary_name: transformers\n')
     for words in ("# a + b, merged", "`a` + -0.5 · `b`", "full-precision weights", "held in nf4", "against the 2 adapters",
                   "| KL divergence | 3e-08 nats a token |", "99.5%", "number 5", "| closer to what was trained | trained |"):  # fmt: skip
         assert words in card
     assert "passport" not in card
+
+
+HOSTILE = "x` <img src=http://evil/t.png> [click](http://evil)"
+
+
+def _receipt(*parts):
+    return Receipt(
+        0.0, 0.0, 0.0, 1.0, (None,), "trained", "none", "fp32", parts, "the adapter on its full-precision base", None, None,
+        0.0, 1e-6, 0.5, None, None, None, 1, 10,
+    )  # fmt: skip
+
+
+def test_a_strangers_name_is_no_markup_in_the_card():
+    card = merged_card(HOSTILE, _receipt(Part(HOSTILE, 1.0, "d", True)))
+    shown = MarkdownIt("commonmark").enable("table").render(card.split("\n---\n", 1)[1])
+    assert "<img" not in shown
+    assert "<a " not in shown
+    assert "&lt;img" in shown
+
+
+@pytest.mark.parametrize("name", ["builtin:smollm2-135m", "tm", "/home/me/base", HOSTILE])
+def test_only_a_base_that_the_hub_knows_stands_in_the_head_of_the_card(name):
+    assert "base_model" not in merged_card(name, _receipt(Part("a", 1.0, "d", True)))
+
+
+def test_the_card_of_an_unverified_adapter_claims_nothing_of_what_it_was_trained_on():
+    card = merged_card("owner/tiny", _receipt(Part("a", 1.0, "d", True), Part("b", 1.0, "d", False)))
+    assert "**Unverified**: `b` has no passport" in card
+    assert "It was trained on" not in card
+
+
+@given(st.floats(0, 10), st.sampled_from([1e-6, 1e-2, 5e-2]))
+def test_a_merge_that_loses_the_adapter_is_never_within_its_bound(effect, rounding):
+    """A merged model that is the bare base differs from the adapter by exactly its effect."""
+    bound = kl_bound(rounding, effect)
+    assert bound <= rounding
+    assert effect <= NO_EFFECT_KL or effect > bound

@@ -48,6 +48,8 @@ def test_what_is_not_in_the_registry_is_named_with_close_names(tmp_path):
 def test_hostile_names_write_nothing(tmp_path, name):
     with pytest.raises((UsageError, CannotCreateError)):
         registry.add(write(tmp_path / "a"), name, root=tmp_path / "r")
+    with pytest.raises(UsageError):
+        registry.ensure_writable(tmp_path / "r", name=name)
     assert not (tmp_path / "r").exists()
 
 
@@ -166,7 +168,7 @@ def test_rollbacks_go_down_the_history_and_promotions_begin_there(tmp_path):
     assert registry.rollback("prod", root=root).as_dict()["adapter"] == "home@2"
     registry.promote("home@4", root=root)
     assert [registry.rollback("prod", root=root).version.number for _ in range(2)] == [2, 1]
-    with pytest.raises(MissingInputError, match="from the first"):
+    with pytest.raises(MissingInputError, match="points to home@1, and nothing earlier is left"):
         registry.rollback("prod", root=root)
     assert registry.aliases(root)["prod"].number == 1
     assert [(one["event"], one["version"], one["previous"]) for one in journal_of(root)[4:]] == [

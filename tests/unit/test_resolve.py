@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 
 import pytest
@@ -237,6 +238,18 @@ def test_one_changed_weight_changes_the_fingerprint(base, tmp_path):
     after = fingerprint(other)
     assert (after.config, after.tensors) == (before.config, before.tensors)
     assert after.weights != before.weights
+
+
+def test_a_weight_that_changes_under_the_same_size_and_mtime_changes_the_fingerprint(base, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    before, weights = fingerprint(other), other / "model.safetensors"
+    content, was = bytearray(weights.read_bytes()), weights.stat()
+    content[-3] ^= 1
+    weights.write_bytes(bytes(content))
+    os.utime(weights, ns=(was.st_atime_ns, was.st_mtime_ns))  # as `cp -p`, rsync -t and tar do
+    assert (weights.stat().st_size, weights.stat().st_mtime_ns) == (was.st_size, was.st_mtime_ns)
+    assert fingerprint(other).weights != before.weights
 
 
 def test_sharding_does_not_change_the_fingerprint(base, tmp_path):

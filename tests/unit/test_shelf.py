@@ -16,6 +16,7 @@ from lora_tune.errors import (
     LoraTuneError,
     MissingInputError,
     RefusedError,
+    UsageError,
 )
 from tests.unit.test_door import write
 from tests.unit.test_registry import journal_of, specs, stocked
@@ -194,14 +195,68 @@ def test_an_alias_of_a_folder_that_was_removed_by_hand_says_so(tmp_path):
     assert registry.promote("home@3", root=root).previous.spec == "home@2"
 
 
-def test_a_registry_that_is_no_folder_or_not_there_is_empty(tmp_path):
+def test_a_registry_that_is_not_there_is_empty_and_a_file_is_none(tmp_path):
     (tmp_path / "file").write_text("x")
+    assert registry.listing(tmp_path / "none") == []
+    assert registry.aliases(tmp_path / "none") == {}
+    for read in (registry.listing, registry.aliases):
+        with pytest.raises(MissingInputError, match="file is no folder, and a registry is one"):
+            read(tmp_path / "file")
     for root in (tmp_path / "none", tmp_path / "file"):
-        assert registry.listing(root) == []
-        assert registry.aliases(root) == {}
         for act in (registry.promote, registry.remove):
             with pytest.raises(MissingInputError, match="no registry"):
                 act("home", root=root)
+
+
+def damage(root, event):
+    """Damage the last line of that kind where it stands, and return its number."""
+    lines = (root / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    number = max(n for n, line in enumerate(lines) if event.encode() in line)
+    lines[number] = lines[number].replace(event.encode(), b"x" * len(event))
+    (root / "journal.jsonl").write_bytes(b"".join(lines))
+    return number + 1
+
+
+def test_a_damaged_line_that_may_have_moved_an_alias_is_said_until_the_alias_is_promoted_again(tmp_path):
+    root = stocked(tmp_path)
+    registry.promote("home@1", root=root)
+    registry.promote("home@3", root=root)
+    assert (registry.journal_damage(root), registry.why_doubtful("prod", root=root)) == ("", "")
+    line = damage(root, "promoted")
+    assert f"line {line} of {root / 'journal.jsonl'} is damaged" in registry.journal_damage(root)
+    said = registry.why_doubtful("prod", root=root)
+    assert said.startswith("prod is taken to point to home@1, and may not")
+    assert "promote NAME@VERSION prod" in said
+    assert registry.why_doubtful("home", root=root) == registry.why_doubtful("./prod", root=root) == ""
+    # Said again, even for the version that it is taken to point to, it is settled; the lost line stays known.
+    registry.promote("home@1", root=root)
+    assert registry.why_doubtful("prod", root=root) == ""
+    assert "damaged" in registry.journal_damage(root)
+    with pytest.raises(MissingInputError, match="nothing earlier is left"):
+        registry.rollback("prod", root=root)
+
+
+def test_an_alias_that_is_not_known_may_have_stood_in_a_damaged_line(tmp_path):
+    root = stocked(tmp_path)
+    registry.promote("home@1", "stage", root=root)
+    line = damage(root, "promoted")
+    with pytest.raises(MissingInputError, match=rf"line {line} of .* is damaged.* may have named it"):
+        registry.find_version("stage", root=root)
+
+
+@pytest.mark.parametrize("digits", ["", "d", "df60", "df60abc"])
+def test_too_few_digits_of_a_digest_are_said(tmp_path, digits):
+    root = stocked(tmp_path, 1)
+    for act in (registry.find, registry.find_version, registry.promote):
+        with pytest.raises(UsageError, match="8 digits of its digest or more"):
+            act(f"home@sha256:{digits}", root=root)
+
+
+def test_no_word_at_all_is_not_the_working_folder(tmp_path, monkeypatch):
+    root = stocked(tmp_path, 1)
+    monkeypatch.chdir(root / "home" / "1")
+    with pytest.raises(MissingInputError, match="no adapter ''"):
+        registry.open_found("", root=root)
 
 
 STEPS = st.lists(

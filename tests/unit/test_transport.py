@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lora_tune.adapter import registry, transport
 from lora_tune.adapter.door import CONFIG, WEIGHTS, open_adapter
-from lora_tune.adapter.transport import DIGESTS, export_version, import_adapter
+from lora_tune.adapter.transport import DIGESTS, export_version, import_adapter, own_name
 from lora_tune.errors import (
     AdapterError,
     AdapterMismatchError,
@@ -26,6 +26,7 @@ from lora_tune.errors import (
 )
 from lora_tune.model.fingerprint import canonical_digest
 from tests.unit.test_door import write
+from tests.unit.test_hostile_passport import with_passport
 
 
 @pytest.fixture
@@ -150,6 +151,39 @@ def test_a_folder_made_elsewhere_comes_in_unverified_with_an_adapters_files_only
     assert open_adapter(arrived.folder).manifest is None
     assert sorted(path.name for path in arrived.folder.iterdir()) == [CONFIG, WEIGHTS]
     assert import_adapter(folder, "named", root=tmp_path / "r").spec == "named@1"
+
+
+def test_a_folder_is_called_what_its_passport_says_and_not_what_its_recipe_made(tmp_path):
+    composed = with_passport(tmp_path / "a", {"name": "mix", "recipe.output": {"name": "home-assistant"}})
+    assert import_adapter(composed, root=tmp_path / "r").spec == "mix@1"
+    assert own_name(open_adapter(composed), root=tmp_path / "other") == "mix"
+
+
+def test_a_strangers_adapter_becomes_no_version_of_mine_unless_that_is_said(tmp_path, root):
+    stranger = with_passport(tmp_path / "stranger")  # its passport says home
+    export_version("home", tmp_path / "home.tar", root=root)
+    unverified = write(tmp_path / "home")
+    for path in (stranger, tmp_path / "home.tar", unverified):
+        with pytest.raises(CannotCreateError, match="has an adapter of that name already") as caught:
+            import_adapter(path, root=root)
+        assert "--name home" in caught.value.hint
+        assert caught.value.exit_code == 73
+    assert [listed.version.spec for listed in registry.listing(root)] == ["home@1"]
+    with pytest.raises(CannotCreateError, match="has an adapter of that name already"):
+        own_name(open_adapter(stranger), root=root)
+    assert import_adapter(stranger, "home", root=root).spec == "home@2"
+    assert import_adapter(tmp_path / "home.tar", "theirs", root=root).spec == "theirs@1"
+
+
+def test_a_version_here_keeps_its_own_name(tmp_path, root):
+    import_adapter(with_passport(tmp_path / "a", {"name": "other"}), "home", root=root)
+    import_adapter(write(tmp_path / "b"), "bare", root=root)
+    assert own_name(registry.open_found("home@2", root=root), root=root) == "home"
+    assert own_name(registry.open_found("bare", root=root), root=root) == "bare"
+    assert import_adapter(root / "bare" / "1", root=root).spec == "bare@2"
+    # In another registry its folder is called 1, which says nothing.
+    with pytest.raises(UsageError, match="does not say"):
+        import_adapter(root / "bare" / "1", root=tmp_path / "r2")
 
 
 def test_a_folder_whose_name_is_none_needs_one(tmp_path):

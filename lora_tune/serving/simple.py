@@ -1,0 +1,371 @@
+"""The plain engine: one thread owns a peft model and answers in small batches of one adapter each.
+
+It holds whatever peft and transformers do (DoRA, any architecture), and is what the faster engines are measured against.
+"""
+
+import inspect
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from lora_tune.adapter.door import AdapterFiles
+from lora_tune.errors import (
+    BusyError,
+    ConflictError,
+    DrainingError,
+    LoraTuneError,
+    MissingInputError,
+    OutOfMemoryError,
+    RequestError,
+    TrainingError,
+)
+from lora_tune.model.load import Dtype
+from lora_tune.serving import threads
+from lora_tune.serving.attached import AttachedAdapters
+from lora_tune.serving.engine import BASE, EngineFacts, Finish, Sink, Token, Work
+from lora_tune.serving.sampling import choose, generator_for
+
+MAX_BATCH = 8
+"""Answers that go on together."""
+MAX_RUNNING = 16
+"""Answers of all batches."""
+_MAX_PREFILL_TOKENS = 8192
+"""Of one batch's prompts with their padding; a longer prompt is read alone."""
+
+
+class _Row:
+    """One answer that is being made, or waits."""
+
+    def __init__(self, work: Work, sink: Sink, *, limit: int) -> None:
+        self.work = work
+        self.sink = sink
+        self.limit = limit
+        """Most tokens that may be made."""
+        self.generator = generator_for(work.sampling)
+        self.n_generated = 0
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        """Stop it before its next token."""
+        self.cancelled = True
+
+    def finish(self, reason: Any, error: LoraTuneError | None = None) -> None:
+        """Say that nothing more comes."""
+        self.sink(Finish(reason, self.n_generated, 0, error))
+
+
+class _Batch:
+    """Answers of one adapter that go on together: the tokens so far, padded in front, and what the model remembers."""
+
+    def __init__(self, rows: list[_Row], device: Any) -> None:
+        import torch
+
+        self.rows = rows
+        self.adapter = rows[0].work.adapter
+        prompts = [row.work.prompt for row in rows]
+        width = max(map(len, prompts))
+        self.ids = torch.tensor([(0,) * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+        self.attended = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        self.cache: Any = None
+
+    def go_on(self, going: Sequence[int], tokens: Sequence[Token]) -> list[_Row]:
+        """Take in one token a row, keep the rows numbered in `going`, and return the others."""
+        import torch
+
+        left = [row for number, row in enumerate(self.rows) if number not in going]
+        chosen = torch.tensor(going, device=self.ids.device, dtype=torch.long)
+        if left and self.cache is not None:
+            self.cache.reorder_cache(chosen)
+        made = torch.tensor([[tokens[number].id] for number in going], device=self.ids.device, dtype=torch.long)
+        self.ids = torch.cat([self.ids[chosen], made.reshape(-1, 1)], dim=1)
+        self.attended = torch.cat([self.attended[chosen], torch.ones_like(made.reshape(-1, 1))], dim=1)
+        self.rows = [self.rows[number] for number in going]
+        return left
+
+
+class SimpleEngine:
+    """Every method may be called from any thread; the model is touched by one only."""
+
+    name = "simple"
+
+    def __init__(
+        self,
+        model: Any,
+        ends: Sequence[int],
+        *,
+        max_context_tokens: int,
+        max_waiting: int = 256,
+        max_adapters: int = 16,
+        adapter_dtype: Dtype = "fp32",
+    ) -> None:
+        self.max_context_tokens = max_context_tokens
+        self._ends = frozenset(ends)
+        self._max_waiting, self._max_adapters = max_waiting, max_adapters
+        self._weights = AttachedAdapters(model, adapter_dtype)
+        self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        takes = inspect.signature(model.forward).parameters
+        self._pads = "position_ids" in takes and _only_attends(model)
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self._lock = threading.Condition()
+        self._waiting: deque[_Row] = deque()
+        self._batches: list[_Batch] = []
+        self._chores: deque[tuple[Callable[[], None], Future[None]]] = deque()
+        self._keys: set[str] = set()
+        self._n_generated = self._n_prefilled = 0
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="simple-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Work, sink: Sink) -> _Row:
+        """Begin an answer; see Engine."""
+        n_prompt = len(work.prompt)
+        if not 1 <= n_prompt < self.max_context_tokens or work.sampling.max_tokens < 1:
+            raise RequestError(
+                f"the prompt has {n_prompt} tokens and {work.sampling.max_tokens} are asked for; "
+                f"2 to {self.max_context_tokens} fit, at least one of each",
+                hint="shorten the conversation",
+            )
+        if not 0 <= min(work.prompt) <= max(work.prompt) < self._vocabulary:
+            raise RequestError(f"the prompt holds a token that is not among the {self._vocabulary} that the base knows")
+        row = _Row(work, sink, limit=min(work.sampling.max_tokens, self.max_context_tokens - n_prompt))
+        with self._lock:
+            self._refuse_when_closing()
+            if work.adapter != BASE and work.adapter not in self._keys:
+                raise MissingInputError(f"no adapter {work.adapter!r} is loaded")
+            if len(self._waiting) >= self._max_waiting:
+                raise BusyError(f"{len(self._waiting)} answers are waiting", hint="try again later")
+            self._waiting.append(row)
+            self._lock.notify()
+        return row
+
+    def load(self, key: str, files: AdapterFiles) -> None:
+        """Bring an adapter in between two tokens; see Engine."""
+
+        def attach() -> None:
+            if key in self._keys:
+                raise ConflictError(f"{key} is loaded already")
+            if len(self._keys) >= self._max_adapters:
+                raise BusyError(
+                    f"all {self._max_adapters} places for adapters are taken",
+                    hint="unload one, or start the server with a larger --max-adapters",
+                )
+            self._weights.attach(key, files)
+            with self._lock:
+                self._keys.add(key)
+
+        self._on_thread(attach)
+
+    def unload(self, key: str) -> None:
+        """Free an adapter's place; see Engine."""
+
+        def detach() -> None:
+            with self._lock:
+                if key not in self._keys:
+                    return
+                users = sum(row.work.adapter == key for row in (*self._waiting, *self._running()))
+                if users:
+                    raise ConflictError(f"{users} answers are using {key}", hint="wait until they are done")
+                self._keys.remove(key)
+            self._weights.detach(key)
+
+        self._on_thread(detach)
+
+    def facts(self) -> EngineFacts:
+        """Return what it is doing; see Engine."""
+        with self._lock:
+            return EngineFacts(
+                n_running=len(self._running()),
+                n_waiting=len(self._waiting),
+                n_adapters=len(self._keys),
+                max_adapters=self._max_adapters,
+                n_tokens_generated=self._n_generated,
+                n_tokens_prefilled=self._n_prefilled,
+                cache_bytes=sum(_held_bytes(batch.cache) for batch in self._batches),
+                adapter_bytes=self._weights.n_bytes,
+            )
+
+    def close(self) -> None:
+        """Stop; see Engine."""
+        with self._lock:
+            self._closing = True
+            self._lock.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _running(self) -> list[_Row]:
+        return [row for batch in self._batches for row in batch.rows]
+
+    def _refuse_when_closing(self) -> None:
+        if self._closing:
+            raise DrainingError("the engine is closing", hint="ask another server")
+
+    def _on_thread(self, chore: Callable[[], None]) -> None:
+        """Have it done between two tokens, and wait; its error is raised here."""
+        done: Future[None] = Future()
+        with self._lock:
+            self._refuse_when_closing()
+            self._chores.append((chore, done))
+            self._lock.notify()
+        done.result()
+
+    def _run(self) -> None:
+        import torch
+
+        threads.take()
+        with torch.no_grad():
+            while self._await_work():
+                self._admit()
+                for batch in tuple(self._batches):
+                    self._step(batch)
+        with self._lock:
+            left = [*self._running(), *self._waiting]
+            self._batches, self._waiting = [], deque()
+            chores, self._chores = self._chores, deque()
+        for row in left:
+            row.finish("cancelled")
+        for _, done in chores:
+            done.set_exception(DrainingError("the engine is closing"))
+
+    def _await_work(self) -> bool:
+        """Wait until there is something to do, do the chores, and return False when it is time to end."""
+        with self._lock:
+            while not (self._closing or self._chores or self._waiting or self._batches):
+                self._lock.wait()
+            if self._closing:
+                return False
+            chores, self._chores = self._chores, deque()
+        for chore, done in chores:
+            try:
+                chore()
+            except Exception as err:  # noqa: BLE001 - carried to the thread that asked, and raised there
+                done.set_exception(_translated(err))
+            else:
+                done.set_result(None)
+        return True
+
+    def _admit(self) -> None:
+        """Let waiting answers begin, those of one adapter together, the longest waiting first."""
+        with self._lock:
+            cancelled = [row for row in self._waiting if row.cancelled]
+            self._waiting = deque(row for row in self._waiting if not row.cancelled)
+            groups = []
+            n_free = MAX_RUNNING - len(self._running())
+            while self._waiting and n_free > 0:
+                groups.append(self._take_group(min(MAX_BATCH, n_free)))
+                n_free -= len(groups[-1])
+            self._batches += [_Batch(group, self._weights.model.device) for group in groups]
+        for row in cancelled:
+            row.finish("cancelled")
+
+    def _take_group(self, most: int) -> list[_Row]:
+        """Take the first waiting answer, and others that can go on with it."""
+        group, others = [self._waiting.popleft()], deque[_Row]()
+        width = len(group[0].work.prompt)
+        for row in self._waiting:
+            n_prompt = len(row.work.prompt)
+            wider = max(width, n_prompt)
+            fits = len(group) < most and wider * (len(group) + 1) <= _MAX_PREFILL_TOKENS
+            if row.work.adapter == group[0].work.adapter and fits and (self._pads or n_prompt == width):
+                group.append(row)
+                width = wider
+            else:
+                others.append(row)
+        self._waiting = others
+        return group
+
+    def _step(self, batch: _Batch) -> None:
+        """Make one token of each answer of the batch, tell it, and let go of those that are done."""
+        if all(row.cancelled for row in batch.rows):
+            return self._end(batch, [(row, "cancelled", None) for row in batch.rows])
+        try:
+            logits = self._forward(batch)
+            finite = logits.amax(-1).isfinite().tolist()
+            tokens = choose(logits, [row.work.sampling for row in batch.rows], [row.generator for row in batch.rows])
+        except Exception as err:  # noqa: BLE001 - carried to every answer of the batch; the thread serves all the others
+            return self._end(batch, [(row, "failed", _translated(err)) for row in batch.rows])
+        going, over = [], []
+        for number, (row, token) in enumerate(zip(batch.rows, tokens, strict=True)):
+            reason, error = self._take(row, token, is_finite=finite[number])
+            if reason is None:
+                going.append(number)
+            else:
+                over.append((row, reason, error))
+        if not going:
+            return self._end(batch, over)
+        with self._lock:
+            batch.go_on(going, tokens)
+        for row, reason, error in over:
+            row.finish(reason, error)
+        return None
+
+    def _take(self, row: _Row, token: Token, *, is_finite: bool) -> tuple[str | None, LoraTuneError | None]:
+        """Tell an answer its token; return why it is over, or None."""
+        if row.cancelled:
+            return "cancelled", None
+        if not is_finite:
+            return "failed", TrainingError(
+                "the model's numbers are not finite", hint="`lora-tune adapters verify` the adapter"
+            )
+        if token.id in self._ends and not row.work.sampling.ignore_end:
+            return "stop", None
+        row.n_generated += 1
+        self._n_generated += 1
+        row.sink(token)
+        return ("length" if row.n_generated >= row.limit else None), None
+
+    def _end(self, batch: _Batch, over: Sequence[tuple[_Row, str, LoraTuneError | None]]) -> None:
+        with self._lock:
+            self._batches.remove(batch)
+        for row, reason, error in over:
+            row.finish(reason, error)
+
+    def _forward(self, batch: _Batch) -> Any:
+        """Return the logits that predict the next token of each row, [B, V]."""
+        self._weights.act(batch.adapter)
+        n_new = 1 if batch.cache is not None else batch.ids.shape[1]
+        if all(row.n_generated == 0 for row in batch.rows):
+            self._n_prefilled += sum(len(row.work.prompt) for row in batch.rows)
+        more: dict[str, Any] = dict(self._last_only)
+        if self._pads:
+            more["position_ids"] = (batch.attended.cumsum(-1) - 1).clamp_min(0)[:, -n_new:]
+        if batch.cache is not None:
+            more["past_key_values"] = batch.cache
+        output = self._weights.model(
+            input_ids=batch.ids[:, -n_new:],
+            attention_mask=batch.attended,
+            use_cache=True,
+            **more,
+        )
+        # A model that gives back nothing to remember reads everything again for each token.
+        batch.cache = getattr(output, "past_key_values", None)
+        return output.logits[:, -1]
+
+
+def _only_attends(model: Any) -> bool:
+    """Return whether padding can be masked out: a layer with a running state would take it in."""
+    from transformers import DynamicCache
+
+    try:
+        layers = DynamicCache(config=model.config).layers
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return not any("LinearAttention" in type(layer).__name__ for layer in layers)
+
+
+def _held_bytes(cache: Any) -> int:
+    held = [getattr(layer, part, None) for layer in getattr(cache, "layers", ()) for part in ("keys", "values")]
+    return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+
+def _translated(err: Exception) -> LoraTuneError:
+    import torch
+
+    if isinstance(err, LoraTuneError):
+        return err
+    if isinstance(err, torch.OutOfMemoryError):
+        return OutOfMemoryError(
+            "the answers do not fit the device's memory", hint="start the server with a smaller --max-context"
+        )
+    return LoraTuneError(f"{type(err).__name__}: {err}", hint="this is a bug of lora_tune: please report it")
