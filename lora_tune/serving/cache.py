@@ -4,6 +4,7 @@ A model is called with the rows that it works on and where each of their tokens 
 are always the first ones, so that reading them copies nothing.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,6 +105,12 @@ class KeyValueRows:
         """Rows grow, so there is no longest."""
         return -1
 
+    def clear(self, row: int) -> None:
+        """Set a row to zeros."""
+        for tensor in (*self.keys, *self.values):
+            if tensor is not None:
+                tensor[row].zero_()
+
     def move(self, source: int, target: int, n_tokens: int) -> None:
         """Copy the first tokens of one row over another's."""
         for tensor in (*self.keys, *self.values):
@@ -111,16 +118,18 @@ class KeyValueRows:
                 tensor[target, :, :n_tokens].copy_(tensor[source, :, :n_tokens])
 
     def copy_out(self, row: int, n_tokens: int) -> tuple[list[Any], list[Any]]:
-        """Return a copy of a row's first tokens, keys and values by layer, [H, T, D]."""
+        """Return a copy of a row's first tokens, keys and values by layer, [H, T, D]; None for a layer that has none of its own."""
         return (
-            [tensor[row, :, :n_tokens].clone() for tensor in self.keys],
-            [tensor[row, :, :n_tokens].clone() for tensor in self.values],
+            [None if tensor is None else tensor[row, :, :n_tokens].clone() for tensor in self.keys],
+            [None if tensor is None else tensor[row, :, :n_tokens].clone() for tensor in self.values],
         )
 
     def copy_in(self, row: int, kept: tuple[Sequence[Any], Sequence[Any]], n_tokens: int) -> None:
         """Write the first tokens of a kept copy into a row."""
         for tensors, copies in ((self.keys, kept[0]), (self.values, kept[1])):
             for layer, copy in enumerate(copies):
+                if copy is None:
+                    continue
                 if tensors[layer] is None:
                     tensors[layer] = self._empty(copy.unsqueeze(0))
                 tensors[layer][row, :, :n_tokens].copy_(copy[:, :n_tokens])
@@ -152,3 +161,12 @@ def _no_memory(shape: tuple[int, ...]) -> OutOfMemoryError:
         f"no memory for keys and values of {shape[0]} answers of {shape[2]} tokens",
         hint="start the server with a smaller --max-running or --max-context",
     )
+
+
+def cache_budget(device: Any) -> int:
+    """Return the most bytes that keys and values may take: half of a machine's memory, or of what is free on a GPU."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) // 2
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lora_tune.errors import UnsupportedError
-from lora_tune.serving.cache import KeyValueRows
+from lora_tune.errors import RequestError, UnsupportedError
+from lora_tune.serving.cache import KeyValueRows, cache_budget
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _TOLERANCE = {"float32": 1e-3}
@@ -21,6 +21,9 @@ class Forward:
         kinds = set(getattr(config, "layer_types", None) or ())
         self._kinds = kinds or ({_SLIDING} if self._window else {_FULL})
         self._named_masks = bool(kinds) and len(kinds) > 1
+        self.max_cache_bytes = cache_budget(model.device)
+        self._n_vocabulary = model.get_input_embeddings().weight.shape[0]
+        self._bytes_per_token = 0
         self._additive = model.config._attn_implementation == "eager"
 
     def __call__(
@@ -58,6 +61,23 @@ class Forward:
         )
         return output.logits[:, -1]
 
+    def check_holdable(self, prompt: Sequence[int], n_tokens: int) -> None:
+        """Check that the base has every token of a prompt, and that so many tokens fit the memory set aside.
+
+        Raises:
+            RequestError: it has not, or they do not (400).
+        """
+        if not 0 <= min(prompt) <= max(prompt) < self._n_vocabulary:
+            raise RequestError(f"the prompt holds a token outside of the base's {self._n_vocabulary}")
+        # Rows are of one length: a long one lengthens all.
+        n_bytes = n_tokens * self._bytes_per_token
+        if n_bytes > self.max_cache_bytes:
+            raise RequestError(
+                f"{n_tokens} tokens of prompt and answer take {n_bytes / 2**30:.1f} GiB of keys and values; "
+                f"{self.max_cache_bytes / 2**30:.1f} GiB are set aside",
+                hint="ask for less, or start the server with a smaller --max-running",
+            )
+
     def _mask(self, positions_bt: Any, width: int) -> Any:
         """Return which places each token sees: those up to its own, and within its window where layers slide."""
         import torch
@@ -94,6 +114,8 @@ class Forward:
                 self([rows[0][3:6], rows[1][8:10]], [3, 8], first_row=0, route=_nothing)
                 self([rows[0][6:7], rows[1][10:11]], [6, 10], first_row=0, route=_nothing)
                 last = self([rows[1][11:12]], [11], first_row=1, route=_nothing)
+                self._bytes_per_token = self._cache.n_bytes() // (self._cache.n_tokens + 1)
+                self._cache.copy_in(0, self._cache.copy_out(1, 4), 4)
                 plain = self._model(torch.tensor([rows[1]], device=self._model.device), use_cache=False).logits[0, -1]
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, AssertionError, KeyError) as err:
             raise UnsupportedError(
@@ -123,6 +145,9 @@ def unsupported(model: Any) -> str:
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         return f"it has layers of other kinds than attention: {', '.join(sorted(kinds))}"
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) in ("longrope", "dynamic"):
+        return "its positions are computed from the longest row of a batch, so that answers would depend on their neighbours"
     if getattr(model, "_is_stateful", False) or not hasattr(config, "num_hidden_layers"):
         return "it keeps another state than keys and values"
     return ""

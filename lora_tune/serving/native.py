@@ -1,5 +1,6 @@
 """The native engine: one thread owns the model; answers of the base and of any adapters join and leave at every step."""
 
+import logging
 import queue
 import threading
 from collections import deque
@@ -29,8 +30,9 @@ from lora_tune.serving.slots import SlotPool
 
 IDLE_PREFILL_TOKENS = 1024
 """Most prompt tokens of one call when nobody is waiting for a next token."""
-BUSY_PREFILL_TOKENS = 64
-"""And when somebody is: what a new prompt may add to the time between two tokens of the others."""
+BUSY_PREFILL_TOKENS = 32
+"""And when somebody is, for each prompt that waits per answer being made: it adds to the time between two tokens."""
+_LOG = logging.getLogger(__name__)
 
 
 class NativeEngine:
@@ -91,6 +93,9 @@ class NativeEngine:
                 f"the prompt has {len(work.prompt)} tokens; with the answer, 2 to {self.max_context_tokens} fit",
                 hint="shorten the conversation",
             )
+        self._forward.check_holdable(
+            work.prompt, min(len(work.prompt) + work.sampling.max_tokens, self.max_context_tokens)
+        )
         stops = frozenset() if work.sampling.ignore_end else self._ends
         answer = RunningAnswer(work, sink, generator_for(work.sampling), list(work.prompt), stops=stops)
         with self._wake:
@@ -172,7 +177,7 @@ class NativeEngine:
         def run() -> None:
             try:
                 command()
-            except LoraTuneError as err:
+            except Exception as err:  # noqa: BLE001 - raised on the thread that asked
                 failure.append(err)
 
         with self._wake:
@@ -254,7 +259,7 @@ class NativeEngine:
         group = self._next_prompts(n_answering)
         if not group:
             return
-        budget = BUSY_PREFILL_TOKENS if n_answering else IDLE_PREFILL_TOKENS
+        budget = self._prefill_budget(n_answering)
         parts = [answer.tokens[answer.n_cached : answer.n_cached + budget] for answer in group]
         self._cache.reserve(max(answer.n_cached + len(part) for answer, part in zip(group, parts, strict=True)))
         logits = self._forward(
@@ -266,12 +271,18 @@ class NativeEngine:
         if not group[0].reading:
             self._next_tokens(logits, group)
 
+    def _prefill_budget(self, n_answering: int) -> int:
+        if not n_answering:
+            return IDLE_PREFILL_TOKENS
+        n_reading = len(self._running) - n_answering
+        return min(max(BUSY_PREFILL_TOKENS * n_reading // n_answering, BUSY_PREFILL_TOKENS), IDLE_PREFILL_TOKENS)
+
     def _next_prompts(self, n_answering: int) -> list[RunningAnswer]:
         """Return the prompts that are read together: as many of the next ones as fit, padded by less than a third.
 
         One that begins like another of the group waits for it, and then takes over that beginning.
         """
-        budget = BUSY_PREFILL_TOKENS if n_answering else IDLE_PREFILL_TOKENS
+        budget = self._prefill_budget(n_answering)
         group: list[RunningAnswer] = []
         for row, answer in enumerate(self._running[n_answering:], start=n_answering):
             if any(self._begins_like(answer, other) for other in group):
@@ -343,18 +354,22 @@ class NativeEngine:
             self._leave(self._running.index(answer), finish)
 
     def _leave(self, row: int, finish: Finish | str) -> None:
-        """End an answer and close the gap: answering rows stay the first ones."""
+        """End an answer and close the gap: answering rows stay the first ones, and prompts are read in their order."""
         answer = self._running[row]
         if isinstance(finish, str):
             finish = Finish("cancelled", len(answer.tokens) - answer.n_prompt, answer.n_reused)
         if finish.reason in ("stop", "length") and not self._prefixes.covers(answer.work.adapter, answer.tokens):
             kept = answer.tokens[: answer.n_cached]
             self._prefixes.keep(answer.work.adapter, kept, self._cache.copy_out(row, answer.n_cached))
+        if finish.reason in ("failed", "cancelled"):
+            # What is masked is still multiplied by zero: numbers that are not finite must not stay for a later answer.
+            self._cache.clear(row)
         last_answering = max((i for i, other in enumerate(self._running) if not other.reading), default=row)
-        for hole, mover in ((row, last_answering), (max(row, last_answering), len(self._running) - 1)):
-            if mover > hole:
-                self._cache.move(mover, hole, self._running[mover].n_cached)
-                self._running[hole] = self._running[mover]
+        moves = [(last_answering, row)] if last_answering > row else []
+        moves += [(i + 1, i) for i in range(max(row, last_answering), len(self._running) - 1)]
+        for mover, hole in moves:
+            self._cache.move(mover, hole, self._running[mover].n_cached)
+            self._running[hole] = self._running[mover]
         with self._wake:
             self._running.pop()
         answer.sink(finish)
@@ -369,7 +384,10 @@ class NativeEngine:
 
     def _fail_all(self, err: Exception) -> None:
         """End every running answer with the error; the engine goes on with the next ones."""
-        error = err if isinstance(err, LoraTuneError) else LoraTuneError(f"{type(err).__name__}: {err}")
+        _LOG.error("a batch failed: %s: %s", type(err).__name__, err)
+        error = LoraTuneError("the engine failed", hint="the server's log says why")
+        if isinstance(err, LoraTuneError):
+            error = err
         with self._wake:
             failed, self._running = self._running, []
         self._cache.shrink()

@@ -29,7 +29,7 @@ class Prefixes:
 
     def keep(self, adapter: str, tokens: Sequence[int], keys_and_values: tuple[list[Any], list[Any]]) -> None:
         """Keep a row; one that it continues is dropped for it."""
-        n_bytes = sum(t.numel() * t.element_size() for side in keys_and_values for t in side)
+        n_bytes = sum(t.numel() * t.element_size() for side in keys_and_values for t in side if t is not None)
         if n_bytes > self.max_bytes // 4 or len(tokens) < MIN_REUSED_TOKENS:
             return
         row = tuple(tokens)

@@ -55,7 +55,7 @@ def _draw(logits_v: Any, sampling: Sampling, generator: Any) -> int:
     if sampling.top_p >= 1.0 and kept == vocabulary:
         return _invert(scaled.double().exp(), uniform)
     total = scaled.double().exp().sum() if kept == vocabulary else None
-    wide = min(kept, _NUCLEUS)
+    wide = kept if kept < vocabulary else min(kept, _NUCLEUS)
     while True:
         values, order = scaled.topk(wide)
         weights = values.double().exp()

@@ -3,7 +3,6 @@
 Loading an adapter builds its operands beside those in use, and touches no module and nothing that a row is using.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,8 +46,8 @@ class SlotPool:
             for member, name in enumerate(group.names)
         }
         self._residents: dict[str, Resident] = {}
-        self._places: OrderedDict[str, int] = OrderedDict()
-        """Adapter → its place in the products' operands, least recently used first."""
+        self._places: dict[str, int] = {}
+        """Adapter → its place in the products' operands."""
         self._rank, self._n_places = 0, 0
         self._routed: tuple[str, ...] = ()
 
@@ -89,15 +88,16 @@ class SlotPool:
 
         active = list(dict.fromkeys(key for key in keys if key != BASE))
         route = self.routing
-        self._routed = tuple(keys)
+        self._routed = ()  # until everything below is done: a failure half-way must not leave rows to another adapter
+        route.n_places, route.only = 0, None
         if not active:
-            route.n_places = 0
+            self._routed = tuple(keys)
             return
         self._bring_in(active)
         places = [self._places[key] for key in active]
-        route.n_places = max(places) + 1
-        route.only = places[0] if len(active) == 1 and BASE not in keys else None
-        rows: list[list[int]] = [[] for _ in range(route.n_places)]
+        n_places = max(places) + 1
+        only = places[0] if len(active) == 1 and BASE not in keys else None
+        rows: list[list[int]] = [[] for _ in range(n_places)]
         for row, key in enumerate(keys):
             if key != BASE:
                 rows[self._places[key]].append(row)
@@ -111,6 +111,8 @@ class SlotPool:
         route.gather = torch.tensor(padded, device=self._device).view(-1)
         route.entry_of = torch.tensor(entry_of, device=self._device)
         route.of_base = torch.tensor(of_base, device=self._device).view(-1, 1, 1) if any(of_base) else None
+        route.n_places, route.only = n_places, only
+        self._routed = tuple(keys)
 
     def n_adapters(self) -> int:
         """Adapters in memory."""
@@ -159,10 +161,12 @@ class SlotPool:
 
     def _bring_in(self, active: Sequence[str]) -> None:
         """Copy the active adapters to places near the front; those in use are never written."""
-        rank = max(self._residents[key].rank for key in active)
+        rank = max(resident.rank for resident in list(self._residents.values()))
         n_needed = len(active)
-        if rank > self._rank or rank * 2 <= self._rank or n_needed > self._n_places:
+        if n_needed > self._n_places:
             self._make_room(max(n_needed, min(self._n_places * 2, self.max_places)), rank)
+        elif rank > self._rank or rank * 2 <= self._rank:
+            self._make_room(self._n_places, rank)
         if max((self._places.get(key, 0) for key in active), default=0) >= 2 * n_needed:
             self._places.clear()  # too far back: products read every place before them
         taken = {self._places[key] for key in active if key in self._places}
@@ -179,12 +183,13 @@ class SlotPool:
         import torch
 
         self._places.clear()
-        self._rank, self._n_places = rank, n_places
+        self._rank = self._n_places = 0
         for group in self._groups:
             group.a = torch.zeros(n_places, group.n_in, len(group.names) * rank, dtype=self._dtype, device=self._device)
             group.b = tuple(
                 torch.zeros(n_places, rank, n_out, dtype=self._dtype, device=self._device) for n_out in group.n_out
             )
+        self._rank, self._n_places = rank, n_places
 
     def _copy(self, key: str, place: int) -> None:
         """Write an adapter's weights into a place that no row is using."""

@@ -321,9 +321,13 @@ def test_numbers_that_are_not_finite_end_that_answer_alone(tmp_path, tiny_bases)
     for weights in engine._pool._residents["a"].groups:
         for change in weights.b:
             change.fill_(float("inf"))
-    good, bad = ask(engine, [5, 6, 7]), ask(engine, [5, 6, 7], "a")
+    good, bad = ask(engine, [5, 6, 7], max_tokens=100), ask(engine, list(range(5, 45)), "a")
     assert bad.wait().finish.reason == "failed" and "finite" in str(bad.finish.error)
-    assert good.wait().ids == peft_answers(base, None, [[5, 6, 7]], 12)[0]
+    # A shorter prompt takes the row over while the other goes on: masked places are still multiplied by zero.
+    after = [ask(engine, [8, 9]) for _ in range(3)]
+    alone = peft_answers(base, None, [[5, 6, 7], [8, 9]], 100)
+    assert [answer.wait().ids for answer in after] == [alone[1][:12]] * 3
+    assert good.wait().ids == alone[0]
     engine.close()
 
 
@@ -333,3 +337,37 @@ def test_a_model_with_another_state_is_refused_with_the_reason():
     )
     assert unsupported(mamba)
     assert unsupported(tiny_model("llama")) == ""
+
+
+def test_a_failure_while_adapters_are_brought_in_leaves_nobody_to_the_base(tmp_path, tiny_bases):
+    base = tiny_bases("llama")
+    files = open_written(tmp_path / "a", base, seed=1)
+    engine = _engine(tiny_model("llama"))
+    engine.load("a", files)
+    copy, engine._pool._copy = engine._pool._copy, None  # the next one to be brought in fails
+    assert ask(engine, [5, 6, 7], "a").wait().finish.reason == "failed"
+    engine._pool._copy = copy
+    assert ask(engine, [5, 6, 7], "a").wait().ids == peft_answers(base, files.folder, [[5, 6, 7]], 12)[0]
+    engine.close()
+
+
+def test_prompts_are_read_in_the_order_in_which_they_came():
+    engine = _engine(tiny_model("llama"), max_running=4)
+    begun = [ask(engine, [n + 5] * 200, max_tokens=3 + n % 3) for n in range(12)]
+    done = []
+    for n, answer in enumerate(begun):
+        answer.wait()
+        done.append(n)
+    assert [answer.finish.reason for answer in begun] == ["length"] * 12
+    engine.close()
+
+
+def test_a_prompt_with_a_token_that_the_base_lacks_is_refused_alone():
+    engine = _engine(tiny_model("llama"))
+    for prompt in ([5, 512], [-1]):
+        with pytest.raises(RequestError, match="512"):
+            ask(engine, prompt)
+    engine._forward.max_cache_bytes = 1000
+    with pytest.raises(RequestError, match="GiB"):
+        ask(engine, [5, 6])
+    engine.close()

@@ -49,6 +49,12 @@ def test_a_nucleus_wider_than_the_first_look_is_found():
     assert len({*_draws(logits, 3000, temperature=1.0, top_p=0.5)}) <= 2501
 
 
+def test_a_large_top_k_draws_from_all_of_them():
+    logits = torch.zeros(5000)
+    found = set(_draws(logits, 2000, temperature=1.0, top_k=3000))
+    assert len(found) > 1100
+
+
 def test_temperature_zero_is_greedy_and_draws_nothing():
     logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 0.0, 0.0]])
     greedy = Sampling(max_tokens=1)
