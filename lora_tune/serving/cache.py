@@ -112,10 +112,11 @@ class KeyValueRows:
                 tensor[row].zero_()
 
     def move(self, source: int, target: int, n_tokens: int) -> None:
-        """Copy the first tokens of one row over another's."""
+        """Copy the first tokens of one row over another's, and leave nothing of what stood there."""
         for tensor in (*self.keys, *self.values):
             if tensor is not None:
                 tensor[target, :, :n_tokens].copy_(tensor[source, :, :n_tokens])
+                tensor[target, :, n_tokens:].zero_()
 
     def copy_out(self, row: int, n_tokens: int) -> tuple[list[Any], list[Any]]:
         """Return a copy of a row's first tokens, keys and values by layer, [H, T, D]; None for a layer that has none of its own."""

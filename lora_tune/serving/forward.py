@@ -61,22 +61,23 @@ class Forward:
         )
         return output.logits[:, -1]
 
-    def check_holdable(self, prompt: Sequence[int], n_tokens: int) -> None:
-        """Check that the base has every token of a prompt, and that so many tokens fit the memory set aside.
+    def check_holdable(self, prompt: Sequence[int]) -> None:
+        """Check that the base has every token of a prompt, and that it and a token more fit the memory set aside.
 
         Raises:
             RequestError: it has not, or they do not (400).
         """
         if not 0 <= min(prompt) <= max(prompt) < self._n_vocabulary:
             raise RequestError(f"the prompt holds a token outside of the base's {self._n_vocabulary}")
-        # Rows are of one length: a long one lengthens all.
-        n_bytes = n_tokens * self._bytes_per_token
-        if n_bytes > self.max_cache_bytes:
+        if len(prompt) + 1 > self.most_tokens():
             raise RequestError(
-                f"{n_tokens} tokens of prompt and answer take {n_bytes / 2**30:.1f} GiB of keys and values; "
-                f"{self.max_cache_bytes / 2**30:.1f} GiB are set aside",
-                hint="ask for less, or start the server with a smaller --max-running",
+                f"the prompt has {len(prompt)} tokens; there is memory set aside for {self.most_tokens()}, with the answer",
+                hint="shorten it, or start the server with a smaller --max-running",
             )
+
+    def most_tokens(self) -> int:
+        """Return how long a row may become in the memory set aside: rows are of one length, so a long one lengthens all."""
+        return self.max_cache_bytes // max(self._bytes_per_token, 1)
 
     def _mask(self, positions_bt: Any, width: int) -> Any:
         """Return which places each token sees: those up to its own, and within its window where layers slide."""

@@ -93,9 +93,7 @@ class NativeEngine:
                 f"the prompt has {len(work.prompt)} tokens; with the answer, 2 to {self.max_context_tokens} fit",
                 hint="shorten the conversation",
             )
-        self._forward.check_holdable(
-            work.prompt, min(len(work.prompt) + work.sampling.max_tokens, self.max_context_tokens)
-        )
+        self._forward.check_holdable(work.prompt)
         stops = frozenset() if work.sampling.ignore_end else self._ends
         answer = RunningAnswer(work, sink, generator_for(work.sampling), list(work.prompt), stops=stops)
         with self._wake:
@@ -331,6 +329,7 @@ class NativeEngine:
 
     def _next_tokens(self, logits_bv: Any, answers: Sequence[RunningAnswer]) -> None:
         """Choose the next token of each answer, tell it, and let go of those that are done."""
+        most_tokens = min(self.max_context_tokens, self._forward.most_tokens())
         finite = logits_bv.amax(-1).isfinite().tolist()
         samplings, generators = [a.work.sampling for a in answers], [a.generator for a in answers]
         chosen = choose(logits_bv, samplings, generators)
@@ -348,7 +347,7 @@ class NativeEngine:
                 answer.tokens.append(token.id)
                 self._n_generated += 1
                 answer.sink(token)
-                if n_generated + 1 >= answer.work.sampling.max_tokens or len(answer.tokens) >= self.max_context_tokens:
+                if n_generated + 1 >= answer.work.sampling.max_tokens or len(answer.tokens) >= most_tokens:
                     done.append((answer, Finish("length", n_generated + 1, answer.n_reused)))
         for answer, finish in done:
             self._leave(self._running.index(answer), finish)
@@ -361,15 +360,14 @@ class NativeEngine:
         if finish.reason in ("stop", "length") and not self._prefixes.covers(answer.work.adapter, answer.tokens):
             kept = answer.tokens[: answer.n_cached]
             self._prefixes.keep(answer.work.adapter, kept, self._cache.copy_out(row, answer.n_cached))
-        if finish.reason in ("failed", "cancelled"):
-            # What is masked is still multiplied by zero: numbers that are not finite must not stay for a later answer.
-            self._cache.clear(row)
         last_answering = max((i for i, other in enumerate(self._running) if not other.reading), default=row)
         moves = [(last_answering, row)] if last_answering > row else []
         moves += [(i + 1, i) for i in range(max(row, last_answering), len(self._running) - 1)]
         for mover, hole in moves:
             self._cache.move(mover, hole, self._running[mover].n_cached)
             self._running[hole] = self._running[mover]
+        # What is masked is still multiplied by zero: numbers that are not finite must not stay for a later answer.
+        self._cache.clear(len(self._running) - 1)
         with self._wake:
             self._running.pop()
         answer.sink(finish)

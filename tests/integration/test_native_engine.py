@@ -322,6 +322,7 @@ def test_numbers_that_are_not_finite_end_that_answer_alone(tmp_path, tiny_bases)
         for change in weights.b:
             change.fill_(float("inf"))
     good, bad = ask(engine, [5, 6, 7], max_tokens=100), ask(engine, list(range(5, 45)), "a")
+    ask(engine, list(range(6, 46)), "a")  # both fail in one step
     assert bad.wait().finish.reason == "failed" and "finite" in str(bad.finish.error)
     # A shorter prompt takes the row over while the other goes on: masked places are still multiplied by zero.
     after = [ask(engine, [8, 9]) for _ in range(3)]
@@ -367,7 +368,10 @@ def test_a_prompt_with_a_token_that_the_base_lacks_is_refused_alone():
     for prompt in ([5, 512], [-1]):
         with pytest.raises(RequestError, match="512"):
             ask(engine, prompt)
-    engine._forward.max_cache_bytes = 1000
-    with pytest.raises(RequestError, match="GiB"):
-        ask(engine, [5, 6])
+    engine._forward.max_cache_bytes = 10 * engine._forward.max_cache_bytes // engine._forward.most_tokens()
+    assert 9 <= engine._forward.most_tokens() <= 10
+    with pytest.raises(RequestError, match="memory set aside"):
+        ask(engine, [5] * 10)
+    short = ask(engine, [5] * 4, max_tokens=100).wait()
+    assert (short.finish.reason, len(short.ids) + 4) == ("length", engine._forward.most_tokens())
     engine.close()
