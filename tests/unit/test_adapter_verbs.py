@@ -110,7 +110,7 @@ def test_an_adapter_without_a_passport_is_called_unverified_when_it_is_exported(
 def test_the_weight_of_the_first_adapter_of_a_merge_and_what_is_unverified_are_said(tmp_path, root, capsys):
     with pytest.raises(LoraTuneError):  # the base is not on this machine
         adapter_verbs.merge(
-            "home=2", tmp_path / "m", also=(), onto="trained", base=None, registry=root, progress=_ignore
+            "home=2", tmp_path / "m", also=(), onto="trained", dtype=None, base=None, registry=root, progress=_ignore
         )
     said = capsys.readouterr().err
     assert "note: home@2 is merged with the weight 2" in said
