@@ -60,6 +60,7 @@ class VllmStandIn:
         self.adapters, self.names_seen, self.bodies, self.configs = {}, [], [], {}
         self.api_key, self.base, self.pause = api_key, base, pause
         self.gate, self.refuse, self.keeps_unloaded = threading.Event(), False, False
+        self.status = 200
         self.gate.set()
         self.gone, self.connections = False, set()
         self.n_sent, self.n_broken_off, self.n_open = Counter(), 0, 0
@@ -168,6 +169,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _complete(self, body):
         self.vllm.bodies.append(body)
         model, prompt = body["model"], body["prompt"]
+        if self.vllm.status != 200:
+            return self._error(self.vllm.status, "no")
         if model not in (self.vllm.base, *self.vllm.adapters):
             return self._error(404, f"The model `{model}` does not exist.")
         if len(prompt) + body["max_tokens"] > MAX_CONTEXT:

@@ -88,7 +88,8 @@ def replay_probes(model: Any, probes: Sequence[Probe]) -> ProbeResult:
         kls += _kl(recorded, live)
         base_kls += _kl(recorded, torch.tensor(probe.base_logprobs, dtype=torch.float32, device=found.device))
         same += (found.argmax(-1) == top[:, 0]).tolist()
-    delta, kl = max(deltas), math.fsum(kls) / len(kls)
+    # Of tensors, for `max` passes over NaN.
+    delta, kl = torch.tensor(deltas, dtype=torch.float64).max().item(), math.fsum(kls) / len(kls)
     kl_of_base = math.fsum(base_kls) / len(base_kls)
     return ProbeResult(_verdict(delta, kl, kl_of_base), delta, kl, sum(same) / len(same), kl_of_base)
 
@@ -124,4 +125,5 @@ def _kl(recorded: Any, live: Any) -> list[float]:
         return torch.cat([logprobs.double(), rest], dim=-1)
 
     p, q = with_rest(recorded), with_rest(live)
-    return [max(0.0, float(value)) for value in (p.exp() * (p - q)).sum(-1)]
+    found: list[float] = (p.exp() * (p - q)).sum(-1).clamp_min(0.0).tolist()  # NaN stays NaN
+    return found

@@ -23,7 +23,7 @@ router = APIRouter(dependencies=[Depends(needs_admin_key)], tags=["adapters"])
 async def adapters(request: Request) -> Response:
     """List what is loaded, what every name means, and what the registry has."""
     serving = serving_of(request)
-    listed = await serving.beside(partial(_listed, serving), pool=serving.changes)
+    listed = await serving.beside(partial(_listed, serving), pool=serving.looks)
     return Response(dump(listed), media_type="application/json")
 
 
@@ -136,7 +136,7 @@ def _listed(serving: Serving) -> dict[str, Any]:
     fleet = serving.fleet
     versions = fleet.versions()
     loaded = {version.digest for version in versions}
-    shelf = look(fleet._root)
+    shelf = look(fleet.registry)
     stored = []
     for version in (version for several in shelf.versions.values() for version in several):
         arrival = shelf.state.arrivals.get(version.key)

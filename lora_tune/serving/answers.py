@@ -16,11 +16,25 @@ from lora_tune.serving.deployed import Deployed, Lease
 from lora_tune.serving.engine import BASE, Answering, Event, Finish, Token, Work
 from lora_tune.serving.guard import Receive, log_event
 from lora_tune.serving.metrics import Metrics
-from lora_tune.serving.prompts import tokenizer_of
 from lora_tune.serving.swap import Fleet
 from lora_tune.serving.text import AnswerText
 
 Value = TypeVar("Value")
+_LOGGED_CHARS = 500
+
+
+class EngineFailedError(LoraTuneError):
+    """The engine failed by a bug; only the log says which."""
+
+    code = "engine_failed"
+
+    def __init__(self) -> None:
+        super().__init__("the engine failed", hint="the server's log says why")
+
+
+def told_outside(err: LoraTuneError) -> LoraTuneError:
+    """Return what a client is told: an error without a class of its own is a bug, and its words may quote a prompt."""
+    return EngineFailedError() if type(err) is LoraTuneError else err
 
 
 class Mailbox:
@@ -81,7 +95,10 @@ class Answer:
         self.n_reused = 0
         self.finish: Literal["stop", "length", "cancelled", "failed"] | None = None
         self.error: LoraTuneError | None = None
-        self._text = AnswerText(tokenizer_of(request.serving.fleet.base, version), stops)
+        """What the client is told."""
+        self.failure: LoraTuneError | None = None
+        """What the engine said, for the operator."""
+        self._text = AnswerText(request.serving.fleet.base.tokenizer, stops)
         self._given: list[str] = []
         self._tokens: deque[tuple[Token, int]] = deque()
         self._told = False
@@ -130,7 +147,8 @@ class Answer:
         self.n_reused = finish.n_reused
         self.finish = "stop" if self._text.stopped else finish.reason
         if self.finish == "failed":
-            self.error = finish.error or LoraTuneError("the engine failed")
+            self.failure = finish.error or EngineFailedError()
+            self.error = told_outside(self.failure)
         elif self.finish == "cancelled" and not self.request.cancelled:
             self.error = DrainingError("the server is shutting down", hint="ask again later")
 
@@ -146,7 +164,9 @@ class Serving:
     mailbox: Mailbox = field(default_factory=Mailbox)
     prompts: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="prompt"))
     changes: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, thread_name_prefix="admin"))
-    """Loads, swaps and looks that may wait; prompts never wait for them."""
+    """Loads and swaps, which may wait long; prompts never wait for them."""
+    looks: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="look"))
+    """Figures and lists, which are short; they never wait for loads."""
     n_preparing: int = 0
 
     @contextmanager
@@ -172,6 +192,7 @@ class Serving:
         """End the threads once they are idle."""
         self.prompts.shutdown(wait=False)
         self.changes.shutdown(wait=False)
+        self.looks.shutdown(wait=False)
 
 
 class Running:
@@ -297,12 +318,20 @@ class Running:
         for answer in self.shadows:
             assert answer.version is not None
             self.serving.metrics.shadow_answered(answer.version.id, answer.finish or "failed", answer.n_tokens)
+        failure = next((answer.failure for answer in (*self.answers, *self.shadows) if answer.failure), None)
+        if failure is not None:
+            log_failure(self.request_id, failure)
         first = None if self._first_at is None else round(self._first_at - self._begun_at, 4)
         log_event(
             "answer", id=self.request_id, version=self.lease.model, n_prompt=self.n_prompt,
             n_generated=[answer.n_tokens for answer in self.answers], finish=[answer.finish for answer in self.answers],
             first_token_seconds=first, seconds=round(now - self._begun_at, 4),
         )  # fmt: skip
+
+
+def log_failure(request_id: str, err: LoraTuneError) -> None:
+    """Write one line about what went wrong inside, with the words that no client is told."""
+    log_event("failure", id=request_id, kind=type(err).__name__, message=err.message[:_LOGGED_CHARS])
 
 
 def take_lease(serving: Serving, model: str) -> Lease:

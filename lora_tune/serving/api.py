@@ -19,7 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lora_tune.errors import CannotCreateError, LoraTuneError, RequestError
 from lora_tune.serving import admin, routes
-from lora_tune.serving.answers import Serving
+from lora_tune.serving.answers import Serving, log_failure, told_outside
 from lora_tune.serving.bodies import BODIES, error_body
 from lora_tune.serving.guard import (
     POLICIES,
@@ -87,7 +87,7 @@ async def health() -> JSONResponse:
 
 @_told.get("/ready")
 async def ready(request: Request) -> JSONResponse:
-    """Say whether requests are taken: everything is loaded, and the server is not shutting down."""
+    """Say whether requests are taken: the server is not shutting down; while it loads, connections wait."""
     is_ready = serving_of(request).fleet.ready()
     status = {"status": "ready" if is_ready else "not ready"}
     return JSONResponse(
@@ -99,7 +99,7 @@ async def ready(request: Request) -> JSONResponse:
 async def metrics(request: Request) -> Response:
     """Give the figures that Prometheus reads."""
     serving = serving_of(request)
-    text = await serving.beside(serving.metrics.text, pool=serving.changes)
+    text = await serving.beside(serving.metrics.text, pool=serving.looks)
     return Response(text, headers={"content-type": CONTENT_TYPE})
 
 
@@ -148,8 +148,12 @@ def describe(app: FastAPI) -> dict[str, Any]:
     return app.openapi_schema
 
 
-async def _own_error(_request: Request, err: Exception) -> JSONResponse:
+async def _own_error(request: Request, err: Exception) -> JSONResponse:
     assert isinstance(err, LoraTuneError)
+    outside = told_outside(err)
+    if outside is not err:
+        log_failure(request.state.request_id, err)
+        err = outside
     status = err.http_status
     param = err.where if isinstance(err, RequestError | routes.UnknownModelError) and err.where else None
     body = error_body(status, err.message, code=err.code, param=param, hint=err.hint)

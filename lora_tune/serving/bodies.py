@@ -74,11 +74,20 @@ class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | tuple[TextPart, ...] | None = None
     name: Annotated[str, Field(max_length=128)] | None = None
-    """Of a tool message: its function."""
+    """Of a tool message: its function. Of any other: taken and ignored."""
     tool_calls: Annotated[tuple[Call, ...], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: Annotated[str, Field(max_length=128)] | None = None
     reasoning_content: str | None = None
     refusal: None = None
+    annotations: Annotated[tuple[Any, ...], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """What is said, as plain values: without what clients send along, as in an answer that they send back."""
+        ignored = {"annotations"} if self.role == "tool" else {"annotations", "name"}
+        return self.model_dump(exclude_none=True, exclude=ignored, mode="json")
 
 
 class OfferedFunction(Body):
@@ -209,7 +218,7 @@ class ChatBody(_Asked):
     @property
     def plain_messages(self) -> list[dict[str, Any]]:
         """The messages as plain values."""
-        return [message.model_dump(exclude_none=True, mode="json") for message in self.messages]
+        return [message.plain for message in self.messages]
 
     @property
     def plain_tools(self) -> list[dict[str, Any]]:
@@ -277,12 +286,18 @@ class VllmLoadBody(Body):
 
     lora_name: _Name
     lora_path: Annotated[str, Field(min_length=1, max_length=1024)]
+    base_model_name: Annotated[str, Field(max_length=256)] | None = None
+    """Taken and ignored."""
+    load_inplace: bool | None = None
+    """Taken and ignored: a name that is there already comes to mean the new version, and nothing running is disturbed."""
 
 
 class VllmUnloadBody(Body):
     """POST /v1/unload_lora_adapter."""
 
     lora_name: _Id
+    lora_int_id: int | None = None
+    """Taken and ignored."""
 
 
 BodyKind = TypeVar("BodyKind", bound=Body)

@@ -44,7 +44,8 @@ class Sampling:
     top_k: int = 0
     """0 takes all."""
     seed: int | None = None
-    """The same seed, prompt and adapter give the same answer, whatever else is being answered."""
+    """The same seed, prompt and adapter draw the same numbers, whatever else is being answered. In fp32 that gives the same
+    answer; in bf16 a batch's other rows may change the last bits, and with them a close choice."""
     n_logprobs: int | None = None
     """None asks for none, 0 for the chosen token's alone, k also for the k likeliest tokens'; at most MAX_LOGPROBS."""
     ignore_end: bool = False

@@ -1,5 +1,6 @@
 """A base → a running engine: which one can hold what is asked for, and everything about the base that serving needs."""
 
+import gc
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +10,6 @@ from typing import Any, Literal
 from lora_tune.adapter.door import AdapterFiles
 from lora_tune.adapter.fence import fence_template
 from lora_tune.adapter.live import check_belongs, own_template
-from lora_tune.data.rendering import LossMaskError
-from lora_tune.data.tokens import end_of_turn_ids
 from lora_tune.errors import MissingInputError, RecipeError, UnsupportedError
 from lora_tune.model.dense import BaseFiles, ready_base
 from lora_tune.model.fingerprint import fingerprint
@@ -19,6 +18,7 @@ from lora_tune.model.load import detect_device, load_base, load_tokenizer, place
 from lora_tune.model.resolve import Progress
 from lora_tune.recipe.schema import BaseSection
 from lora_tune.serving.engine import Engine, ServedBase
+from lora_tune.serving.places import ends_of
 
 EngineName = Literal["auto", "native", "simple", "vllm"]
 UNSAID_CONTEXT_TOKENS = 4096
@@ -78,7 +78,9 @@ def open_engine(
         if engine == "native":
             raise found
         why = found.message
-        # The native engine took the model's layers over before it gave up.
+        # The native engine took the model's layers over before it gave up; there is no room for two.
+        del model
+        gc.collect()
         model = load_base(files, section)
     return _open_simple(model, base, max_adapters), base, why
 
@@ -114,7 +116,7 @@ def _try_native(model: Any, base: ServedBase, limits: tuple[int, int, int]) -> "
             max_running=max_running, max_adapters=max_adapters, max_rank=max_rank,
         )  # fmt: skip
     except UnsupportedError as err:
-        return err
+        return UnsupportedError(err.message, hint=err.hint)  # the traceback of the first one holds the model
 
 
 def _open_vllm(base: ServedBase, urls: Sequence[str], limits: tuple[int, int, int], progress: Progress) -> Engine:
@@ -166,10 +168,7 @@ def _ends(files: BaseFiles, model: Any, tokenizer: Any, needs: Sequence[AdapterF
     """Return the ids that end an answer, of the base and of every template that the adapters carry."""
     found = set(stop_ids(model, tokenizer))
     for template in {template for template in map(own_template, needs) if template is not None}:
-        try:
-            found.update(end_of_turn_ids(fence_template(load_tokenizer(files, template_text=template))))
-        except LossMaskError:
-            continue  # it cannot be trained on, and was not: what ends its turns is not known
+        found.update(ends_of(files, template))
     return tuple(sorted(found))
 
 

@@ -7,9 +7,21 @@ from contextlib import suppress
 from dataclasses import replace
 
 from lora_tune.adapter.door import AdapterFiles
-from lora_tune.adapter.live import CONV1D_FAMILIES, check_belongs, check_fits
-from lora_tune.errors import AdapterMismatchError, BusyError, ConflictError, LoraTuneError, RefusedError
+from lora_tune.adapter.fence import fence_template
+from lora_tune.adapter.live import CONV1D_FAMILIES, check_belongs, check_fits, own_template
+from lora_tune.data.rendering import LossMaskError
+from lora_tune.data.tokens import end_of_turn_ids
+from lora_tune.errors import (
+    AdapterMismatchError,
+    BusyError,
+    ConflictError,
+    LoraTuneError,
+    RefusedError,
+    UnsupportedError,
+)
+from lora_tune.model.dense import BaseFiles
 from lora_tune.model.fingerprint import read_config, read_shapes
+from lora_tune.model.load import load_tokenizer
 from lora_tune.serving.deployed import Deployed
 from lora_tune.serving.engine import Engine, ServedBase
 from lora_tune.serving.probing import probe
@@ -30,6 +42,8 @@ class Places:
         self._base = base
         self._table = table
         self._belonging: set[str] = set()
+        self._ending: set[str] = set()
+        """Adapters' own templates whose ends of turn the base's `ends` hold."""
 
     def bring_in(self, found: Found, *, make_room: Callable[[], bool] | None) -> Deployed:
         """Return a version that answers as its passport says; on failure the engine is as it was.
@@ -44,6 +58,7 @@ class Places:
             BusyError: every place is taken (429).
         """
         self._check_belongs(found.files)
+        self._check_ends(found)
         version = Deployed(found.name, found.number, found.digest, found.files, "unverified", time.time())
         holder = self._table.holder(version.key)
         if holder is not None:
@@ -94,6 +109,18 @@ class Places:
         conv1d = read_config(folder).get("model_type") in CONV1D_FAMILIES
         check_fits(files, read_shapes(folder), conv1d=conv1d)
 
+    def _check_ends(self, found: Found) -> None:
+        """Raise UnsupportedError when answers would run on past the end of a turn (422)."""
+        template = own_template(found.files)
+        if template is None or template in self._ending:
+            return
+        if not set(ends_of(self._base.files, template)) <= set(self._base.ends):
+            raise UnsupportedError(
+                f"{found.id} ends its turns with a token that this server does not stop at",
+                hint="name it when the server starts: --adapter",
+            )
+        self._ending.add(template)
+
     def _stage(self, version: Deployed, make_room: Callable[[], bool] | None) -> None:
         try:
             self._engine.load(version.key, version.files)
@@ -115,3 +142,11 @@ class Places:
                 "another dtype or quantization than in training",
             )
         return result.verdict
+
+
+def ends_of(files: BaseFiles, template: str) -> list[int]:
+    """Return the ids that end an answer in an adapter's own template; none when it cannot be known."""
+    try:
+        return end_of_turn_ids(fence_template(load_tokenizer(files, template_text=template)))
+    except LossMaskError:
+        return []  # it cannot be trained on, and was not

@@ -22,6 +22,9 @@ from lora_tune.serving.engine import ServedBase
 MAX_CHARS_PER_TOKEN = 64
 """A prompt with more characters than this for each token of the context cannot fit, and is not tokenized to find out."""
 
+MAX_TEMPLATES = 16
+"""Adapters' own templates whose tokenizers are kept: one for each place that an engine has unless told otherwise."""
+
 _LOCKS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 _NEW_LOCK = Lock()
 
@@ -73,7 +76,7 @@ def encode(base: ServedBase, version: Deployed | None, prompt: str) -> list[int]
         RequestError: it is too long, or empty (400).
     """
     check_length(base, [prompt])
-    tokenizer = tokenizer_of(base, version)
+    tokenizer = base.tokenizer  # a version's own is the same but for its chat template
     with _lock_of(tokenizer):
         ids = [int(token) for token in tokenizer(prompt)["input_ids"]]
     if not ids:
@@ -82,7 +85,10 @@ def encode(base: ServedBase, version: Deployed | None, prompt: str) -> list[int]
 
 
 def tokenizer_of(base: ServedBase, version: Deployed | None) -> Any:
-    """Return the base's tokenizer; with the template that the version's passport carries, if it carries one."""
+    """Return the base's tokenizer; with the template that the version's passport carries, if it carries one.
+
+    Slow the first time for each template: call it beside the event loop.
+    """
     template = own_template(version.files) if version is not None else None
     return base.tokenizer if template is None else _fenced(base.files, template)
 
@@ -118,7 +124,7 @@ def _words(turn: Message) -> list[str]:
     return [turn.content, turn.reasoning, *(json.dumps(call.as_dict()) for call in turn.tool_calls)]
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=MAX_TEMPLATES)
 def _fenced(files: BaseFiles, template: str) -> Any:
     """Return the base's tokenizer with a stranger's template, rendered in a process under limits."""
     return fence_template(load_tokenizer(files, template_text=template))

@@ -89,9 +89,9 @@ async def models(request: Request) -> Response:
     return Response(dump({"object": "list", "data": _models(serving_of(request))}), media_type="application/json")
 
 
-@router.get("/v1/models/{model}")
+@router.get("/v1/models/{model:path}")
 async def one_model(request: Request, model: str) -> Response:
-    """Describe one model."""
+    """Describe one model; a base's name may have slashes."""
     found = next((entry for entry in _models(serving_of(request)) if entry["id"] == model), None)
     if found is None:
         raise UnknownModelError(f"no model is called {model[:100]!a}", hint="GET /v1/models lists all", where="model")

@@ -4,6 +4,7 @@ It holds whatever peft and transformers do (DoRA, any architecture), and is what
 """
 
 import inspect
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -23,9 +24,11 @@ from lora_tune.errors import (
 )
 from lora_tune.model.load import Dtype
 from lora_tune.serving import threads
-from lora_tune.serving.attached import AttachedAdapters
+from lora_tune.serving.attached import AttachedAdapters, held_bytes, only_attends
 from lora_tune.serving.engine import BASE, EngineFacts, Finish, Sink, Token, Work
 from lora_tune.serving.sampling import choose, generator_for
+
+_LOG = logging.getLogger(__name__)
 
 MAX_BATCH = 8
 """Answers that go on together."""
@@ -46,14 +49,21 @@ class _Row:
         self.generator = generator_for(work.sampling)
         self.n_generated = 0
         self.cancelled = False
+        self.over = False
 
     def cancel(self) -> None:
         """Stop it before its next token."""
         self.cancelled = True
 
     def finish(self, reason: Any, error: LoraTuneError | None = None) -> None:
-        """Say that nothing more comes."""
-        self.sink(Finish(reason, self.n_generated, 0, error))
+        """Say that nothing more comes, once."""
+        if self.over:
+            return
+        self.over = True
+        try:
+            self.sink(Finish(reason, self.n_generated, 0, error))
+        except Exception:  # noqa: BLE001 - it must not keep the others from their ends
+            _LOG.exception("an answer's end was told to a listener that failed")
 
 
 class _Batch:
@@ -106,7 +116,7 @@ class SimpleEngine:
         self._weights = AttachedAdapters(model, adapter_dtype)
         self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
         takes = inspect.signature(model.forward).parameters
-        self._pads = "position_ids" in takes and _only_attends(model)
+        self._pads = "position_ids" in takes and only_attends(model)
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._lock = threading.Condition()
         self._waiting: deque[_Row] = deque()
@@ -115,6 +125,8 @@ class SimpleEngine:
         self._keys: set[str] = set()
         self._n_generated = self._n_prefilled = 0
         self._closing = False
+        self._defect: LoraTuneError | None = None
+        """What ended the thread, if anything but `close` did."""
         self._thread = threading.Thread(target=self._run, name="simple-engine", daemon=True)
         self._thread.start()
 
@@ -182,7 +194,7 @@ class SimpleEngine:
                 max_adapters=self._max_adapters,
                 n_tokens_generated=self._n_generated,
                 n_tokens_prefilled=self._n_prefilled,
-                cache_bytes=sum(_held_bytes(batch.cache) for batch in self._batches),
+                cache_bytes=sum(held_bytes(batch.cache) for batch in self._batches),
                 adapter_bytes=self._weights.n_bytes,
             )
 
@@ -198,6 +210,8 @@ class SimpleEngine:
         return [row for batch in self._batches for row in batch.rows]
 
     def _refuse_when_closing(self) -> None:
+        if self._defect is not None:
+            raise DrainingError("the engine has stopped after a failure", hint="start the server again")
         if self._closing:
             raise DrainingError("the engine is closing", hint="ask another server")
 
@@ -213,20 +227,37 @@ class SimpleEngine:
     def _run(self) -> None:
         import torch
 
-        threads.take()
-        with torch.no_grad():
-            while self._await_work():
-                self._admit()
-                for batch in tuple(self._batches):
-                    self._step(batch)
+        try:
+            threads.take()
+            with torch.no_grad():
+                while self._await_work():
+                    try:
+                        self._admit()
+                        for batch in tuple(self._batches):
+                            self._step(batch)
+                    except Exception as err:  # noqa: BLE001 - one bad step must not end the thread that answers all others
+                        _LOG.exception("a step of the simple engine failed")
+                        self._end_all("failed", _translated(err))
+        except BaseException as err:  # noqa: BLE001 - nobody would be told that the thread is gone
+            _LOG.critical("the simple engine has stopped", exc_info=err)
+            with self._lock:
+                self._defect = _translated(err)
+        self._end_all("failed" if self._defect else "cancelled", self._defect, also_waiting=True)
         with self._lock:
-            left = [*self._running(), *self._waiting]
-            self._batches, self._waiting = [], deque()
             chores, self._chores = self._chores, deque()
-        for row in left:
-            row.finish("cancelled")
         for _, done in chores:
-            done.set_exception(DrainingError("the engine is closing"))
+            done.set_exception(DrainingError("the engine has stopped"))
+
+    def _end_all(self, reason: str, error: LoraTuneError | None, *, also_waiting: bool = False) -> None:
+        """End what is being answered, and what waits too when nothing more will be."""
+        with self._lock:
+            left = self._running()
+            self._batches = []
+            if also_waiting:
+                left += self._waiting
+                self._waiting = deque()
+        for row in left:
+            row.finish(reason, error)
 
     def _await_work(self) -> bool:
         """Wait until there is something to do, do the chores, and return False when it is time to end."""
@@ -255,9 +286,20 @@ class SimpleEngine:
             while self._waiting and n_free > 0:
                 groups.append(self._take_group(min(MAX_BATCH, n_free)))
                 n_free -= len(groups[-1])
-            self._batches += [_Batch(group, self._weights.model.device) for group in groups]
         for row in cancelled:
             row.finish("cancelled")
+        for group in groups:
+            self._start(group)
+
+    def _start(self, group: list[_Row]) -> None:
+        try:
+            batch = _Batch(group, self._weights.model.device)
+        except Exception as err:  # noqa: BLE001 - carried to every answer of the group
+            for row in group:
+                row.finish("failed", _translated(err))
+        else:
+            with self._lock:
+                self._batches.append(batch)
 
     def _take_group(self, most: int) -> list[_Row]:
         """Take the first waiting answer, and others that can go on with it."""
@@ -294,8 +336,11 @@ class SimpleEngine:
                 over.append((row, reason, error))
         if not going:
             return self._end(batch, over)
-        with self._lock:
-            batch.go_on(going, tokens)
+        try:
+            with self._lock:
+                batch.go_on(going, tokens)
+        except Exception as err:  # noqa: BLE001 - as above; copying the cache may be what does not fit
+            return self._end(batch, over + [(batch.rows[number], "failed", _translated(err)) for number in going])
         for row, reason, error in over:
             row.finish(reason, error)
         return None
@@ -343,23 +388,7 @@ class SimpleEngine:
         return output.logits[:, -1]
 
 
-def _only_attends(model: Any) -> bool:
-    """Return whether padding can be masked out: a layer with a running state would take it in."""
-    from transformers import DynamicCache
-
-    try:
-        layers = DynamicCache(config=model.config).layers
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return False
-    return not any("LinearAttention" in type(layer).__name__ for layer in layers)
-
-
-def _held_bytes(cache: Any) -> int:
-    held = [getattr(layer, part, None) for layer in getattr(cache, "layers", ()) for part in ("keys", "values")]
-    return sum(tensor.nbytes for tensor in held if tensor is not None)
-
-
-def _translated(err: Exception) -> LoraTuneError:
+def _translated(err: BaseException) -> LoraTuneError:
     import torch
 
     if isinstance(err, LoraTuneError):

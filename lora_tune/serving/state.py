@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from lora_tune.errors import ConflictError, LoraTuneError, RefusedError
+from lora_tune.errors import ConflictError, DrainingError, LoraTuneError, RefusedError
 from lora_tune.recipe.schema import NAME_PATTERN
 from lora_tune.staging import translated
 
@@ -224,7 +224,10 @@ class Journal:
 
         Raises:
             CannotWriteError: it could not be written; the journal is as it was (exit 74).
+            DrainingError: the journal is closed (503).
         """
+        if not self.close.alive:  # by now its descriptor may be another file's
+            raise DrainingError("the server is shutting down", hint="ask another one, or this one once it is back")
         before = os.fstat(self._descriptor).st_size
         # A crash may have cut the last line off; what follows it begins on a line of its own.
         torn = before > 0 and os.pread(self._descriptor, 1, before - 1) != b"\n"

@@ -8,16 +8,10 @@ import math
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from lora_tune.errors import (
-    BusyError,
-    ConflictError,
-    DrainingError,
-    LoraTuneError,
-    RequestError,
-)
+from lora_tune.errors import BusyError, ConflictError, DrainingError, LoraTuneError, RequestError
 from lora_tune.recipe.schema import NAME_PATTERN
 from lora_tune.serving import sources
 from lora_tune.serving.deployed import Deployed, Lease, Pointer
@@ -59,7 +53,6 @@ class Fleet:
         self.engine = engine
         self.base = base
         self.registry = registry
-        self._root = registry
         self._table = Table(base)
         self._places = Places(engine, base, self._table)
         self._journal = Journal(state)
@@ -89,7 +82,7 @@ class Fleet:
             self._check_not_draining()
             try:
                 with self._name_lock(record.name):
-                    arrived.append(self._places.bring_in(sources.recall(record, root=self._root), make_room=None))
+                    arrived.append(self._places.bring_in(sources.recall(record, root=self.registry), make_room=None))
                     # Seen at once by a version with the same content, which shares its place in the engine.
                     self._table.assign(State(), arrived=arrived[-1:])
             except LoraTuneError as err:
@@ -150,7 +143,7 @@ class Fleet:
             CannotWriteError: the state file cannot be written; nothing was changed (507).
         """
         self._check_open()
-        found = sources.find(spec, root=self._root, name=name, allow_outside=allow_outside)
+        found = sources.find(spec, root=self.registry, name=name, allow_outside=allow_outside)
         with self._name_lock(found.name):
             self._table.check_name(found.name)
             if self._table.resident(found.id, found.digest) is None:
@@ -252,25 +245,20 @@ class Fleet:
         until = time.monotonic() + timeout
         with self._changing:
             self._check_open()
-            forgotten = [record for record in self._lost.values() if id in (record.id, record.name)]
+            lost = [record.id for record in self._lost.values() if id in (record.id, record.name)]
             ids = [version.id for version in self._table.versions() if id in (version.id, version.name)]
             if not ids and id in self._table.state.histories:
                 raise ConflictError(f"{id} is an alias, not an adapter", hint="unload the version that it points to")
-            leaving = self._table.leave(ids if ids or forgotten else [id], ignoring="" if "@" in id else id)
-            try:
-                for record in forgotten:
-                    self._journal.append(Unloaded(at=time.time(), id=record.id))
-                    del self._lost[record.id]
-                if id in self._table.state.histories:
-                    self._commit(Forgotten(at=time.time(), alias=id))
-            except BaseException:
-                self._table.stay(leaving)
-                raise
+            leaving = self._table.leave(ids if ids or lost else [id], ignoring="" if "@" in id else id)
         try:
+            for version in leaving:
+                self._check_unused(version, until)
+            with self._changing:
+                self._strike_out(lost, name=id)
             while leaving:
-                self._check_unused(leaving[0], until)
                 with self._name_lock(leaving[0].name):
-                    self._free(leaving.pop(0))
+                    self._free(leaving[0])
+                leaving.pop(0)
         finally:
             self._table.stay(leaving)
 
@@ -304,7 +292,8 @@ class Fleet:
 
     def close(self) -> None:
         """Let go of the state file; the engine is its opener's to close."""
-        self._journal.close()
+        with self._changing:
+            self._journal.close()
 
     def _check_open(self) -> None:
         self._check_not_draining()
@@ -342,6 +331,16 @@ class Fleet:
                 f"{self.in_flight()[version.id]} requests still use {version.id}; it stays loaded",
                 hint="try again later, or wait longer",
             )
+
+    def _strike_out(self, lost: Iterable[str], *, name: str) -> None:
+        """Forget versions that could not be restored, and a name whose versions are all about to go; `_changing` is held."""
+        for id in lost:
+            if id in self._lost:
+                self._journal.append(Unloaded(at=time.time(), id=id))
+                del self._lost[id]
+        # Unless it was pointed to a newer version meanwhile.
+        if name in self._table.state.histories and self._table.is_leaving(name):
+            self._commit(Forgotten(at=time.time(), alias=name))
 
     def _retired_one(self) -> bool:
         """Free the longest unused version that no request uses and no alias points to; return whether there was one."""

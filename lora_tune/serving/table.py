@@ -231,6 +231,12 @@ class Table:
             self._leaving |= {version.id for version in versions}
             return versions
 
+    def is_leaving(self, alias: str) -> bool:
+        """Return whether all that an alias points to is about to be unloaded, or not loaded."""
+        with self._lock:
+            aim = self._state.aim(alias)
+            return aim is not None and all(id in self._leaving or id not in self._deployed for id, _ in aim.target)
+
     def leave_idle(self, version: Deployed) -> bool:
         """Give a version that is neither used nor pointed to to no new request; return whether it is so."""
         with self._lock:
@@ -268,6 +274,8 @@ class Table:
                 raise self._unknown(model)
             return version, None
         id = chosen(aim.target, draw)
+        if id in self._leaving:  # the name goes with all its versions
+            raise self._unknown(model)
         shadow = self._deployed[aim.shadow] if aim.shadow not in (None, id) else None
         return self._deployed[id], shadow
 

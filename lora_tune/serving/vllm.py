@@ -33,7 +33,14 @@ from lora_tune.model.resolve import Progress
 from lora_tune.serving.engine import BASE, Answering, EngineFacts, Finish, ServedBase, Sink, Work
 from lora_tune.serving.vllm_child import ChildLimits, VllmChild, find_vllm
 from lora_tune.serving.vllm_folder import HeldAdapter, os_translated, write_adapter
-from lora_tune.serving.vllm_replica import Address, Replica, all_or_first_error, request_body
+from lora_tune.serving.vllm_replica import (
+    Address,
+    ModelLostError,
+    Replica,
+    ReplicaGoneError,
+    all_or_first_error,
+    request_body,
+)
 
 _LOOK_SECONDS = 2.0
 """How often a replica that went away is looked for."""
@@ -198,9 +205,8 @@ class VllmEngine:
             held = list(self._held.values())
         self._call(self._end_answers())
         if self._child is None:
-            for one in held:
-                with suppress(UnreachableError):
-                    self._call(all_or_first_error([replica.unload(one.name) for replica in self._replicas]))
+            with suppress(UnreachableError):
+                self._call(all_or_first_error([replica.unload(one.name) for one in held for replica in self._replicas]))
         self._stop_loop()
         if self._child is not None:
             self._child.close()
@@ -213,15 +219,17 @@ class VllmEngine:
             self._in_use[answer.work.adapter] -= 1
 
     async def answer_on_some(self, answer: "_Answer") -> Finish:
-        """Make the answer on the replica with the fewest; on another one if that goes away before the first token."""
+        """Make the answer on the replica with the fewest; on another one if that fails before the first token."""
         tried: set[Replica] = set()
         while True:
             replica = self._least_busy(tried)
             tried.add(replica)
             try:
                 return await self._answer_on(replica, answer)
-            except UnreachableError:
-                replica.is_up = False
+            except UnreachableError as err:
+                # One odd answer is no reason to keep all others from it.
+                replica.is_up &= not isinstance(err, ReplicaGoneError)
+                replica.has_lost_models |= isinstance(err, ModelLostError)
                 if answer.n_told or not any(r.is_up for r in self._replicas if r not in tried):
                     raise
 
@@ -275,7 +283,7 @@ class VllmEngine:
         """Take back replicas that answer again, once they have every adapter: one that was restarted has none."""
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
-            for replica in [replica for replica in self._replicas if not replica.is_up]:
+            for replica in [r for r in self._replicas if r.has_lost_models or not r.is_up]:
                 with suppress(LoraTuneError):
                     if not await replica.is_healthy():
                         continue
@@ -284,7 +292,7 @@ class VllmEngine:
                         missing = [held for held in self._held.values() if held.name not in has]
                     for held in missing:
                         await replica.load(held.name, held.folder)
-                    replica.is_up = True
+                    replica.is_up, replica.has_lost_models = True, False
 
     async def _end_answers(self) -> None:
         with self._lock:

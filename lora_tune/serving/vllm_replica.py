@@ -20,7 +20,20 @@ _TOKEN_PREFIX = "token_id:"  # noqa: S105 - how vLLM writes a token's id (format
 _CONNECT_SECONDS = 5.0
 _SILENCE_SECONDS = 600.0
 """Longest wait for the next token: many prompts may be waiting before it."""
+_LOOK_SECONDS = 10.0
+"""Longest wait for a list, and for taking an adapter's name away."""
+_LOAD_SECONDS = 60.0
+"""Longest wait for an adapter to be read."""
 _ENDS = ("stop", "length")
+_OUR_REQUEST = (httpx.codes.BAD_REQUEST, httpx.codes.REQUEST_ENTITY_TOO_LARGE, httpx.codes.UNPROCESSABLE_ENTITY)
+
+
+class ReplicaGoneError(UnreachableError):
+    """The connection failed or broke: nothing can be asked there until it answers again."""
+
+
+class ModelLostError(UnreachableError):
+    """It does not know the model: it was started anew, and has to get its adapters again."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,8 @@ class Replica:
     def __init__(self, address: Address) -> None:
         self.label = "our vLLM" if address.socket else address.url
         self.is_up = True
+        self.has_lost_models = False
+        """Whether it answers, but does not have everything that it was given."""
         self.n_running = 0
         self.base_model = ""
         self.max_context_tokens = 0
@@ -94,7 +109,8 @@ class Replica:
             UnsupportedError: it refuses this one.
         """
         try:
-            await self._ask("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+            body = {"lora_name": name, "lora_path": str(folder)}
+            await self._ask("POST", "/v1/load_lora_adapter", body, seconds=_LOAD_SECONDS)
         except _AnswerError as err:
             if err.status == httpx.codes.NOT_FOUND and "adapter" not in err.said:
                 raise UnreachableError(
@@ -122,7 +138,9 @@ class Replica:
         """Yield what it makes, piece by piece; leaving the loop early ends it there too.
 
         Raises:
-            UnreachableError: it cannot be reached, went away, or has lost the adapter.
+            ReplicaGoneError: it cannot be reached, or went away.
+            ModelLostError: it has lost the adapter.
+            UnreachableError: it failed, or answers as no vLLM does.
             RequestError: it refuses the request.
             BusyError: it takes no more.
         """
@@ -136,7 +154,7 @@ class Replica:
                 if data == "[DONE]":
                     return
                 yield self._read(data, body.get("logprobs", 0))
-        raise UnreachableError(f"{self.label} broke off an answer")
+        raise ReplicaGoneError(f"{self.label} broke off an answer")
 
     async def close(self) -> None:
         """Close every connection."""
@@ -152,11 +170,12 @@ class Replica:
             raise self._odd("an answer") from err
 
     def _refused(self, err: "_AnswerError") -> LoraTuneError:
-        if err.status == httpx.codes.BAD_REQUEST:
+        if err.status in _OUR_REQUEST:
             return RequestError(f"vLLM refuses the request: {err.said}")
         if err.status in (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.SERVICE_UNAVAILABLE):
             return BusyError(f"{self.label} takes no more requests", hint="try again later")
-        return UnreachableError(f"{self.label} answered {err.status}: {err.said}")
+        kind = ModelLostError if err.status == httpx.codes.NOT_FOUND else UnreachableError
+        return kind(f"{self.label} answered {err.status}: {err.said}")
 
     def _odd(self, what: str) -> UnreachableError:
         return UnreachableError(
@@ -164,9 +183,12 @@ class Replica:
             hint="check the address; vLLM 0.32 is known to work",
         )
 
-    async def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    async def _ask(
+        self, method: str, path: str, body: dict[str, Any] | None = None, *, seconds: float = _LOOK_SECONDS
+    ) -> Any:
+        timeout = httpx.Timeout(seconds, connect=_CONNECT_SECONDS)
         async with self._translated():
-            response = await self._client.request(method, path, json=body)
+            response = await self._client.request(method, path, json=body, timeout=timeout)
             if response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
                 raise UnreachableError(
                     f"{self.label} refuses our key",
@@ -189,7 +211,7 @@ class Replica:
         try:
             yield
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as err:
-            raise UnreachableError(
+            raise ReplicaGoneError(
                 f"{self.label} cannot be reached: {str(err) or type(err).__name__}", hint="look whether it still runs"
             ) from err
 

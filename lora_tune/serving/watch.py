@@ -10,6 +10,8 @@ from lora_tune.errors import BusyError, LoraTuneError
 from lora_tune.serving.swap import Fleet
 
 _LOG = logging.getLogger(__name__)
+_STOP_SECONDS = 5.0
+"""Longest wait for a look that is loading: its probes alone may take minutes."""
 
 
 class Watch:
@@ -35,10 +37,10 @@ class Watch:
         self._thread.start()
 
     def stop(self) -> None:
-        """Look no more; returns when the last look is over."""
+        """Look no more; returns when the last look is over, or after some seconds: closing the engine ends that one."""
         self._stop.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(_STOP_SECONDS)
 
     def look(self) -> None:
         """Look once; follow the alias if it has moved."""

@@ -63,6 +63,16 @@ def test_two_adapters_are_merged_at_once(ask, tmp_path):
     assert code == 0, receipt
     assert receipt["kl"] < 1e-6
     assert ask("merge", "tiny-0", tmp_path / "n", "--onto", "nf4")[0] == 2
+    assert ask("merge", "tiny-0", tmp_path / "n", "--dtype", "int4")[0] == 2
+    assert not (tmp_path / "n").exists()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_merge_is_written_in_the_dtype_that_was_asked_for(ask, tmp_path, dtype):
+    code, told = ask("merge", "tiny-0", tmp_path / "m", "--dtype", dtype)
+    assert code == 0, told
+    header = (tmp_path / "m" / "model.safetensors").read_bytes()[:4000]
+    assert (b'"BF16"' in header, b'"F32"' in header) == (dtype == "bf16", dtype == "fp32")
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "llamacpp", "peft"])

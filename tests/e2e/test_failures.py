@@ -1,6 +1,9 @@
 """What goes wrong half-way, and what is measured: nothing is lost, nothing is claimed that is not so."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -141,3 +144,22 @@ def test_the_held_out_loss_is_the_mean_over_trained_tokens(trained):
         count += row.n_trained
     report = json.loads((trained / "run" / "report.json").read_text())
     assert report["evaluation"]["adapter"]["loss"] == pytest.approx(summed / count, abs=1e-5)
+
+
+def test_a_command_that_is_ended_from_outside_leaves_nothing_half_made(tmp_path):
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from lora_tune.cli import app\n"
+        "from lora_tune.staging import staged_folder\n"
+        "def run(_):\n"
+        "    with staged_folder(Path(sys.argv[1])) as stage:\n"
+        "        (stage / 'half').write_text('x')\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        signal.pause()\n"
+        "app.run = run\n"
+        "app.main([])\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], timeout=60, check=False)
+    assert ended.returncode == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []

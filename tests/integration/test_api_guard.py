@@ -36,7 +36,7 @@ def api_routes(server):
     routes = [route for route in make_app(server.fleet, SETTINGS).routes if isinstance(route, APIRoute)]
     assert len(routes) >= 17
     for route in routes:
-        path = route.path
+        path = route.path_format
         for name, value in PATHS.items():
             path = path.replace(name, value)
         for method in route.methods:
@@ -140,6 +140,16 @@ def test_a_browser_may_ask_first_from_a_listed_page_only(server):
         answered = client.options("/v1/chat/completions", headers=ask | {"origin": "https://page.example"})
         assert (answered.status_code, answered.headers["access-control-allow-origin"]) == (204, "https://page.example")
         assert "access-control-allow-credentials" not in answered.headers
+        assert answered.headers["access-control-allow-headers"] == "authorization"
+        for named, allowed in (
+            ("authorization, content-type, x-stainless-lang,x-stainless-os", True),
+            ("a b", False),
+            ("x-\xe9", False),
+            (", ".join(["x" * 60] * 65), False),
+        ):
+            given = ask | {"origin": "https://page.example", "access-control-request-headers": named.encode("latin-1")}
+            found = client.options("/v1/chat/completions", headers=given).headers["access-control-allow-headers"]
+            assert found == (named if allowed else "authorization, content-type, x-request-id")
         assert (
             client.options("/v1/chat/completions", headers=ask | {"origin": "https://evil.example"}).status_code == 403
         )

@@ -94,7 +94,10 @@ def test_vllms_clients_load_and_unload(server):
         loaded = client.post("/v1/load_lora_adapter", json={"lora_name": "office", "lora_path": "office@1"})
         assert (loaded.status_code, "Success" in loaded.text) == (200, True)
         assert chat(client, "office").json()["model"] == "office@1"
-        assert client.post("/v1/unload_lora_adapter", json={"lora_name": "office"}).status_code == 200
+        more = {"lora_name": "office", "lora_path": "office@1", "load_inplace": True, "base_model_name": "tiny-base"}
+        assert client.post("/v1/load_lora_adapter", json=more).status_code == 200
+        asked = {"lora_name": "office", "lora_int_id": 7}
+        assert client.post("/v1/unload_lora_adapter", json=asked).status_code == 200
         assert chat(client, "office").status_code == 404
 
 

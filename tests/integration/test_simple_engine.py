@@ -20,11 +20,12 @@ from lora_tune.errors import (
     DrainingError,
     LoraTuneError,
     MissingInputError,
+    OutOfMemoryError,
     RequestError,
     TrainingError,
 )
 from lora_tune.serving.engine import BASE, Finish, Sampling, Work
-from lora_tune.serving.simple import MAX_BATCH, MAX_RUNNING, SimpleEngine
+from lora_tune.serving.simple import MAX_BATCH, MAX_RUNNING, SimpleEngine, _Batch
 from tests.tiny import tiny_model
 
 N_TOKENS = 9
@@ -432,3 +433,26 @@ def test_closing_ends_every_answer_and_the_thread(make_engine, adapters):
     with pytest.raises(DrainingError):
         engine.load("a", adapters()[0])
     engine.close()
+
+
+def test_a_cache_that_does_not_fit_ends_its_answers_and_no_others(make_engine, monkeypatch):
+    engine = make_engine(tiny_model("llama"))
+    monkeypatch.setattr(_Batch, "go_on", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+    finish = Heard(engine, PROMPTS[2]).finish()
+    assert (finish.reason, type(finish.error)) == ("failed", OutOfMemoryError)
+    monkeypatch.undo()
+    assert Heard(engine, PROMPTS[2]).finish().reason in ("length", "stop")
+
+
+def test_an_engine_whose_thread_has_ended_tells_everybody_and_takes_nothing(make_engine, adapters, monkeypatch):
+    model = tiny_model("llama")
+    gate = Gate(model)
+    engine = make_engine(model)
+    heard = [Heard(engine, prompt) for prompt in PROMPTS]
+    assert gate.entered.wait(LIMIT_SECONDS)
+    monkeypatch.setattr(engine, "_await_work", lambda: (_ for _ in ()).throw(RuntimeError("a defect")))
+    gate.open.set()
+    assert {answer.finish().reason for answer in heard} == {"failed"}
+    for act in (lambda: Heard(engine, PROMPTS[0]), lambda: engine.load("a", adapters()[0])):
+        with pytest.raises(DrainingError, match="stopped"):
+            act()

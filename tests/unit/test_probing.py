@@ -214,3 +214,22 @@ def test_a_passports_author_does_not_decide_how_long_a_server_computes(passporte
     changed = replace(files, manifest=files.manifest.model_copy(update={"probes": (long,) * 16}))
     probe(engine, where, "k", changed)
     assert engine.facts().n_tokens_generated <= 16 * probing._MAX_POSITIONS
+
+
+def test_a_probe_whose_numbers_are_not_finite_is_different_wherever_it_stands(monkeypatch):
+    import torch
+
+    from lora_tune.adapter import probes as direct
+
+    recorded = [recorded_probe("a", range(5, 15 + n), f"prompt {n}") for n in range(2)]
+    for broken in (0, 1):
+
+        def logprobs(_, ids, start, bad=recorded[broken].input_ids):
+            one = next(p for p in recorded if p.input_ids == tuple(ids))
+            table = torch.full((len(one.top_ids), 512), float("nan") if one.input_ids == bad else -30.0)
+            if one.input_ids != bad:
+                table.scatter_(1, torch.tensor(one.top_ids), torch.tensor(one.top_logprobs))
+            return table
+
+        monkeypatch.setattr(direct, "answer_logprobs", logprobs)
+        assert direct.replay_probes(None, recorded).verdict == "different"

@@ -20,6 +20,7 @@ from lora_tune.errors import (
     MissingInputError,
     RefusedError,
     RequestError,
+    UnsupportedError,
 )
 from lora_tune.serving.deployed import chosen
 from lora_tune.serving.engine import BASE, Sampling, Token, Work
@@ -434,9 +435,9 @@ def test_a_journal_that_cannot_be_written_changes_nothing(fleet, monkeypatch):
     refused(fleet, CannotWriteError, fleet.point, "prod", target="home@1")
     refused(fleet, CannotWriteError, fleet.rollback, "home")
     refused(fleet, CannotWriteError, fleet.forget, "home")
+    held.release()
     refused(fleet, CannotWriteError, fleet.unload, "home")
     monkeypatch.undo()
-    held.release()
     assert fleet.load("home@3").id == "home@3"
 
 
@@ -582,3 +583,26 @@ def test_what_one_passport_said_of_the_base_is_believed_of_no_other(proved, tmp_
     for _ in range(2):
         narrow = write(tmp_path / "narrow")
         refused(fleet, AdapterMismatchError, fleet.load, str(narrow), name="narrow", allow_outside=True)
+
+
+def test_unloading_a_name_in_use_changes_nothing_when_it_times_out(fleet):
+    fleet.load("home@1")
+    fleet.load("home@2")
+    lease = fleet.lease("home@1", draw=0.0)
+    journal = fleet._journal.path.read_bytes()
+    refused(fleet, ConflictError, fleet.unload, "home", timeout=0.01)
+    assert model_of(fleet, "home") == "home@2"
+    assert fleet._journal.path.read_bytes() == journal
+    lease.release()
+    fleet.unload("home")
+    assert fleet.names() == ["tiny-base"]
+
+
+def test_a_template_whose_turns_end_otherwise_is_refused_unless_the_server_stops_there(proved, tmp_path, monkeypatch):
+    fleet, register = proved
+    spec = register(1)
+    monkeypatch.setattr("lora_tune.serving.places.own_template", lambda _: "a template")
+    monkeypatch.setattr("lora_tune.serving.places.ends_of", lambda *_: [7])
+    assert "--adapter" in refused(fleet, UnsupportedError, fleet.load, spec).hint
+    monkeypatch.setattr("lora_tune.serving.places.ends_of", lambda *_: [])
+    assert fleet.load(spec).verdict == "equal"

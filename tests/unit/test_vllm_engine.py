@@ -424,7 +424,8 @@ def test_a_replica_that_dies_fails_only_what_it_had_begun(base, replicas):
         assert until(lambda: len(begun.tokens) >= 2 and stays.n_open == 1)
         goes.close()
         finish = begun.finish()
-        assert (finish.reason, type(finish.error)) == ("failed", UnreachableError)
+        assert finish.reason == "failed"
+        assert isinstance(finish.error, UnreachableError)
         assert finish.n_generated == len(begun.tokens) < 40
         stays.gate.set()
         assert held.finish().reason != "failed"
@@ -484,6 +485,19 @@ def test_nothing_there_and_what_is_no_vllm_are_said(base, replicas):
         connect_vllm(base, [server.url], LIMITS, {})
     with pytest.raises(UnreachableError):
         connect_vllm(base, ["nonsense"], LIMITS, {})
+
+
+@pytest.mark.parametrize("status", [413, 422, 500])
+def test_an_odd_answer_takes_no_replica_from_the_others(base, replicas, status):
+    servers = [replicas(), replicas()]
+    with connected(base, *servers) as engine:
+        for server in servers:
+            server.status = status
+        assert ask(engine).finish().reason == "failed"
+        assert all(replica.is_up for replica in engine._replicas)
+        for server in servers:
+            server.status = 200
+        assert ask(engine).finish().reason != "failed"
 
 
 # --- a vLLM of our own

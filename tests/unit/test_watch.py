@@ -122,3 +122,19 @@ def test_the_thread_follows_and_outlives_a_defect(fleet, caplog):
     registry.promote("home@2", "prod", root=fleet.registry)
     time.sleep(0.05)
     assert served(fleet) == "home@1"
+
+
+def test_stopping_waits_for_no_load_and_what_it_loads_is_not_written_any_more(fleet, monkeypatch):
+    monkeypatch.setattr("lora_tune.serving.watch._STOP_SECONDS", 0.01)
+    fleet.engine.load_seconds = 1.0
+    watch = Watch(fleet, "prod", registry=fleet.registry)
+    watch.start()
+    until = time.monotonic() + 10
+    while not fleet.engine._loading and time.monotonic() < until:
+        time.sleep(0.01)
+    watch.stop()
+    assert watch._thread.is_alive()
+    before = fleet._journal.path.read_bytes()
+    fleet.close()
+    watch._thread.join(10)
+    assert (fleet.versions(), fleet._journal.path.read_bytes()) == ([], before)
