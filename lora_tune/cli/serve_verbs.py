@@ -170,9 +170,9 @@ def open_server(wish: ServeWish, progress: Progress) -> Server:
 
     threads.leave_to_engine()
 
-    log_to_stderr()
     # Taken now, so that a port in use costs no load; who connects waits until the server answers.
     listening = listen(wish.host, wish.port)
+    log_to_stderr()
     server = Server(wish, exposure, listening)
     try:
         server.open(section, wanted, progress)

@@ -156,6 +156,7 @@ def test_served_swapped_drained(serving, shelf, tiny_bases):
     assert KEY not in server.said
 
 
+@pytest.mark.slow
 def test_what_was_promoted_outlives_a_kill(serving, shelf, trained, tiny_bases):
     """Also when the command line names the version from before: a restart is no rollback."""
     command = (trained / "run", "--registry", shelf, "--engine", "simple")

@@ -68,7 +68,7 @@ def test_a_damaged_version_is_logged_once_and_the_old_one_goes_on(fleet, caplog)
             registry.promote("home@1", "other", root=root)
     assert served(fleet) == "home@1"
     assert "home/2" in watch.problem
-    assert len(caplog.records) == 1
+    assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
     registry.promote("home@3", "prod", root=root)
     watch.look()
     assert (served(fleet), watch.problem) == ("home@3", "")
