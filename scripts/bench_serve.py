@@ -286,7 +286,9 @@ class Streams:
             number += SWAP_STREAMS
 
 
-async def swap_load(url: str, paths: list[Path], *, n_swaps: int, seconds: float) -> tuple[Streams, list[float]]:
+async def swap_load(
+    url: str, paths: list[Path], *, n_swaps: int, seconds: float, pause: float = 0.0
+) -> tuple[Streams, list[float]]:
     """Run the streams, with so many swaps or for so long without any."""
     streams, durations = Streams(), []
     headers = {"Authorization": "Bearer bench-admin-key-0123456789"}
@@ -304,7 +306,7 @@ async def swap_load(url: str, paths: list[Path], *, n_swaps: int, seconds: float
                 if reply.status_code >= 400:
                     streams.failed.append(f"swap {number}: {reply.status_code} {reply.text[:200]}")
                 durations.append(time.perf_counter() - begun)
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(pause)
         else:
             await asyncio.sleep(seconds)
         streams.stopping = True
@@ -347,7 +349,7 @@ def swaps(args: argparse.Namespace, folder: Path, adapters: list[Path]) -> None:
         asyncio.run(swap_load(url, paths, n_swaps=0, seconds=5))
         before = resident_kib(args.pid)
         quiet, _ = asyncio.run(swap_load(url, paths, n_swaps=0, seconds=60))
-        busy, durations = asyncio.run(swap_load(url, paths, n_swaps=N_SWAPS, seconds=0))
+        busy, durations = asyncio.run(swap_load(url, paths, n_swaps=N_SWAPS, seconds=0, pause=args.pause))
         time.sleep(2)
         after = resident_kib(args.pid)
     expected = {number: {alone[number, name] for name in two} for number in range(8)}
@@ -359,7 +361,7 @@ def swaps(args: argparse.Namespace, folder: Path, adapters: list[Path]) -> None:
         if len(which) == 1:
             by_version.setdefault(model, set()).update(which)
     p99 = [statistics.quantiles(streams.gaps, n=100)[98] for streams in (quiet, busy)]
-    say(swaps=len(durations), swap_ms=round(1000 * statistics.median(durations), 1), answers=len(busy.answers),
+    say(swaps=len(durations), pause_seconds=args.pause, swap_ms=round(1000 * statistics.median(durations), 1), answers=len(busy.answers),
         mixed=mixed, failed=len(busy.failed), reasons=busy.failed[:3],
         versions_told_apart={model: sorted(which) for model, which in by_version.items()},
         p99_gap_ms_without=round(1000 * p99[0], 1), p99_gap_ms_with=round(1000 * p99[1], 1), ratio_of_gaps=round(p99[1] / p99[0], 2),
@@ -373,6 +375,7 @@ def main() -> None:
     parser.add_argument("--vllm-python", default=os.environ.get("LORA_TUNE_VLLM_PYTHON", ""))
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pause", type=float, default=1.0, help="Seconds between two swaps.")
     parser.add_argument("--port", type=int, default=8765)
     parser.add_argument(
         "--only", nargs="+", choices=("speed", "resident", "swaps"), default=["speed", "resident", "swaps"]
