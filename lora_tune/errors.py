@@ -54,6 +54,12 @@ class TrainingError(LoraTuneError):
     code, exit_code, http_status = "training", 65, 500
 
 
+class StoppedError(LoraTuneError):
+    """A signal ended the run; what it had done is kept, and the hint goes on from there."""
+
+    code, exit_code, http_status = "interrupted", 75, 503
+
+
 class MissingInputError(LoraTuneError):
     """A file, folder, base or adapter that was named is not there, or is damaged."""
 

@@ -1,15 +1,24 @@
 """The verbs that start from a recipe: check, preview, train, schema. Open, call, and give plain values back to render."""
 
+import json
+import shlex
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_tune.adapter import registry as shelf
 from lora_tune.cli import page
+from lora_tune.cli.run_verbs import write_report
 from lora_tune.data.verdict import CheckedRows, check_rows
+from lora_tune.errors import LoraTuneError, UsageError
+from lora_tune.interruption import Interruption
+from lora_tune.model.fingerprint import canonical_digest
 from lora_tune.model.resolve import locate
-from lora_tune.recipe.loader import dump_recipe, load_recipe
+from lora_tune.recipe.loader import LoadedRecipe, dump_recipe, load_recipe, portable
 from lora_tune.recipe.schema import Recipe
+from lora_tune.run_dir import REPORT, RunDir, check_place, create_run_dir, newest_unfinished, open_run_dir
 
 MAX_CHARACTER_TOKENS = 8
 """No character has more tokens."""
@@ -111,34 +120,112 @@ def preview(path: Path, overrides: Sequence[str], *, rows: int, html: Path | Non
     return found
 
 
+@dataclass(frozen=True)
+class TrainWish:
+    """What the command line says of one training."""
+
+    recipe: Path
+    overrides: tuple[str, ...] = ()
+    run_dir: Path | None = None
+    resume: bool = False
+    allowed_drift: tuple[str, ...] = ()
+    registry: Path | None = None
+
+    @property
+    def registry_root(self) -> Path:
+        """The registry to put the adapter into."""
+        return self.registry if self.registry is not None else shelf.registry_root()
+
+    def command(self, begun: Path | None = None) -> str:
+        """Return the command that goes on with the run in `begun`, or the same command again; ready for a shell."""
+        run_dir = begun or self.run_dir
+        words = ["lora-tune", "train", str(self.recipe)]
+        words += [word for override in self.overrides for word in ("--set", override)]
+        words += ["--run-dir", str(run_dir)] if run_dir is not None else []
+        words += ["--registry", str(self.registry)] if self.registry is not None else []
+        words += [word for field in self.allowed_drift for word in ("--allow-drift", field)]
+        return shlex.join([*words, "--resume"] if begun is not None or self.resume else words)
+
+
 def train(
-    path: Path,
-    overrides: Sequence[str],
-    *,
-    run_dir: Path | None,
-    dry_run: bool,
-    registry: Path | None,
-    notify: Callable[[Any], None],
-) -> dict[str, Any]:
-    """Train and return the report; a dry run returns the resolved recipe and the counts, and writes nothing."""
-    loaded = load_recipe(path, overrides)
-    recipe = loaded.recipe
-    # Rows and places first: a mistake in them costs no download and leaves nothing behind.
-    if not locate(recipe.base).present:
-        check_rows(recipe.data, seed=recipe.train.seed)
-    if dry_run:
-        return _dry_run(recipe, notify)
-    root = registry if registry is not None else shelf.registry_root()
-    shelf.ensure_writable(root, name=recipe.output.name)
+    path: Path, overrides: Sequence[str], *, run_dir: Path | None, dry_run: bool, registry: Path | None,
+    notify: Callable[[Any], None], resume: bool = False, allowed_drift: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """Train and return the report; a dry run returns the resolved recipe and the counts, and writes nothing.
+
+    Raises:
+        StoppedError: a signal ended it; the hint is the command that goes on (exit 75).
+    """
+    wish = TrainWish(path, tuple(overrides), run_dir, resume, tuple(allowed_drift), registry)
+    if allowed_drift and not resume:
+        raise UsageError("--allow-drift says what may change when a run goes on", hint="add --resume, or leave it out")
+    told = "stopping after this step; once more stops at once"
+    stop = Interruption(wish.command(), lambda name: notify({"event": "warning", "message": f"{name}: {told}"}))
+    with stop, ExitStack() as held:
+        loaded = load_recipe(path, overrides)
+        # Rows and places first: a mistake in them costs no download and leaves nothing behind.
+        if not locate(loaded.recipe.base).present:
+            check_rows(loaded.recipe.data, seed=loaded.recipe.train.seed)
+        if dry_run:
+            return _dry_run(loaded.recipe, notify)
+        shelf.ensure_writable(wish.registry_root, name=loaded.recipe.output.name)
+        run = _open_run(loaded.recipe, wish)
+        if run is not None:
+            held.enter_context(closing(run))
+            if (report := _finished(loaded.recipe, run)) is not None:
+                notify({"event": "warning", "message": f"the run in {run.path} is finished already; nothing was done"})
+                return report
+        return _train(loaded, run, wish, notify, stop=stop, held=held)
+
+
+def _train(
+    loaded: LoadedRecipe, run: RunDir | None, wish: TrainWish, notify: Callable[[Any], None],
+    *, stop: Interruption, held: ExitStack,
+) -> dict[str, Any]:  # fmt: skip
     from lora_tune.evaluation.evaluate import evaluate as measure
-    from lora_tune.run_dir import create_run_dir
+    from lora_tune.training.run import Sitting
     from lora_tune.training.run import train as run_training
 
+    recipe = loaded.recipe
     ready = _prepared(recipe, notify)
     for warning in _step_warnings(recipe, _steps(recipe, len(_plan(recipe, ready.splits).widths))):
         notify({"event": "warning", "message": warning})
-    run = create_run_dir(recipe.output.name, path=run_dir)
-    return run_training(loaded, ready, run, notify, evaluate=measure, registry_root=root).as_dict()
+    if run is None:
+        run = held.enter_context(closing(create_run_dir(recipe.output.name, path=wish.run_dir)))
+    stop.command = wish.command(run.path)
+    report = run_training(
+        loaded, ready, run, notify, evaluate=measure, registry_root=wish.registry_root,
+        sitting=Sitting(stop, resume=wish.resume, allowed_drift=wish.allowed_drift),
+    ).as_dict()  # fmt: skip
+    try:
+        notify({"event": "page", "page": str(write_report(run.path))})
+    except LoraTuneError as err:  # the run is done, whatever becomes of its page
+        notify({"event": "warning", "message": f"the page was not written: {err.message}"})
+    return report
+
+
+def _open_run(recipe: Recipe, wish: TrainWish) -> RunDir | None:
+    """Return the locked folder of the run to go on with; a new run's folder is made once its rows are known to be good."""
+    if wish.resume:
+        return open_run_dir(wish.run_dir or newest_unfinished(recipe.output.name))
+    check_place(wish.run_dir)
+    return None
+
+
+def _finished(recipe: Recipe, run: RunDir) -> dict[str, Any] | None:
+    """Return the report of a run that is done: to go on with it, by a script that always says --resume, is no mistake.
+
+    Raises:
+        UsageError: the recipe is another by now (exit 2).
+    """
+    if not (run.path / REPORT).exists():
+        return None
+    if run.facts().get("recipe_digest") != canonical_digest(portable(recipe)):
+        raise UsageError(
+            f"the run in {run.path} is finished, and its recipe was another", hint="start a new run, without --resume"
+        )
+    report: dict[str, Any] = json.loads((run.path / REPORT).read_text(encoding="utf-8"))
+    return report
 
 
 def _dry_run(recipe: Recipe, notify: Callable[[Any], None]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class Talker(Protocol):
 
 def json_object(value: Any) -> None:
     """Print one JSON object, in ASCII; numbers that are not finite become null, so that every reader can read it."""
-    print(json.dumps(_plain(value), allow_nan=False))
+    print(json.dumps(plain(value), allow_nan=False))
 
 
 def note(message: str) -> None:
@@ -117,7 +117,7 @@ def evaluation(found: Mapping[str, Any], *, as_json: bool) -> None:
         json_object(found)
         return
     print(f"{visible(found['data'])}: {ledger.counts_in_words(found['counts'])}")
-    _print_evaluation(found)
+    print_evaluation(found)
     for warning in found["warnings"]:
         note(f"warning: {warning}")
 
@@ -243,90 +243,8 @@ class Progress:
             note(message)
 
 
-class TrainView:
-    """A run as it happens: progress for people, JSON Lines for programs."""
-
-    def __init__(self, *, as_json: bool) -> None:
-        self._as_json = as_json
-        self._progress = Progress()
-
-    def __enter__(self) -> Self:
-        self._progress.__enter__()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.__exit__(*exception)
-
-    def notify(self, event: Mapping[str, Any]) -> None:
-        """Show one event."""
-        if self._as_json:
-            json_object(event)
-            return
-        kind = event["event"]
-        if kind == "progress":
-            self._progress(event["label"], event["share"])
-        elif kind == "step":
-            self._step(event)
-        else:
-            for line in _event_lines(event):
-                self._progress.note(line)
-
-    def finish(self, report: Mapping[str, Any]) -> None:
-        """Show the report."""
-        if self._as_json:
-            json_object({"event": "done", **report})
-        elif report.get("dry_run"):
-            print(report["recipe"], end="")
-            for line in ledger.set_lines(report["data"]):
-                print(f"# {line}")
-            print(f"# {report['steps']} steps; nothing was written")
-        else:
-            _print_report(report)
-
-    def _step(self, event: Mapping[str, Any]) -> None:
-        line = (
-            f"step {event['step']}/{event['steps']}  loss {event['loss']:.4f}  {event['tokens_per_second']:.0f} tokens/s  "
-            f"{event['peak_memory_gib']:.2f} GiB  {_duration(event['eta_seconds'])} left"
-        )
-        if self._progress.drawing:
-            self._progress(line, event["step"] / event["steps"])
-        elif event["step"] == 1 or event["step"] % max(1, event["steps"] // 20) == 0 or event["step"] == event["steps"]:
-            note(line)
-
-
-def _event_lines(event: Mapping[str, Any]) -> list[str]:
-    if event["event"] == "data":
-        return ledger.event_lines(event)
-    if event["event"] == "model":
-        held = "" if event["quantization"] == "none" else f", base held in {event['quantization']}"
-        return [
-            f"model: {event['trainable']:,} trained numbers, computed in {event['dtype']} on {event['device']}{held}"
-        ]
-    if event["event"] == "warning":
-        return [f"warning: {event['message']}"]
-    if event["event"] == "exported":
-        return [f"exported to {event['adapter']}, loaded back and equal"]
-    if event["event"] == "held_out":
-        return [f"step {event['step']}: held-out loss {event['held_out_loss']:.4f}"]
-    return [json.dumps(_plain(event))]
-
-
-def _print_report(report: Mapping[str, Any]) -> None:
-    training, adapter = report["training"], report["adapter"]
-    kept = f", weights of step {training['best_step']} kept" if training["best_step"] is not None else ""
-    print(
-        f"trained {training['steps']} steps in {_duration(training['seconds'])}: loss {training['first_loss']:.3f} → "
-        f"{training['last_loss']:.3f}, {training['tokens_per_second']:.0f} tokens/s, {training['padding_share']:.1%} padding ({training['batching']} batches), {training['peak_memory_gib']:.2f} GiB{kept}"
-    )
-    if report["evaluation"]:
-        _print_evaluation(report["evaluation"])
-    print(
-        f"adapter  {adapter['registry']}  ({adapter['folder']}, {adapter['weights_bytes'] / 1e6:.1f} MB, loaded back and equal)"
-    )
-    print(f"report   {report['run']}/report.json")
-
-
-def _print_evaluation(found: Mapping[str, Any]) -> None:
+def print_evaluation(found: Mapping[str, Any]) -> None:
+    """Print what was measured on held-out rows, base beside adapter, with some answers."""
     columns = [who for who in ("base", "adapter") if found.get(who)]
     print(f"{'held-out rows':<16}" + "".join(f"{who:>10}" for who in columns))
     for name, form in (("loss", ".4f"), ("perplexity", ".3f"), ("token_accuracy", ".1%"), ("exact_match", ".1%")):
@@ -383,16 +301,12 @@ def _one_line(answer: str, limit: int = 110) -> str:
     return flat if len(flat) <= limit else flat[: limit - 1] + "…"
 
 
-def _duration(seconds: float) -> str:
-    whole = round(seconds)
-    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{seconds:.0f} s"
-
-
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a value as JSON can hold it."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

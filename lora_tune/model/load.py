@@ -52,6 +52,13 @@ class Placement:
     """Passed to from_pretrained."""
 
 
+def device_name(device: Device) -> str:
+    """Return what computes, as people call it: `cpu`, `mps`, or the GPU's name."""
+    import torch
+
+    return str(torch.cuda.get_device_name()) if device.kind == "cuda" else device.kind
+
+
 def detect_device() -> Device:
     """Return the device at hand."""
     import torch

@@ -211,6 +211,16 @@ class TrainSection(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
+    save_every_steps: Annotated[int, Field(ge=1)] | None = 50
+    """Write a checkpoint every so many steps; null writes one at the end, at each new best, and when the run is stopped."""
+
+    keep_checkpoints: Annotated[int, Field(ge=1, le=1000)] = 2
+    """So many of the newest checkpoints are kept, and the one with the lowest held-out loss."""
+
+    on_oom: Literal["stop", "shrink"] = "stop"
+    """When memory runs out: stop, or go on with a smaller micro-batch and as much more accumulation, which trains the same
+    steps."""
+
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seeds the adapter's initial weights, the held-out split, the mixture and the copies of rows, their order and
     dropout."""

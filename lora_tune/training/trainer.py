@@ -2,8 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,6 @@ from trl import SFTConfig, SFTTrainer
 
 from lora_tune.data.dataset import Splits, as_examples
 from lora_tune.data.tokens import IGNORE_INDEX
-from lora_tune.errors import OutOfMemoryError, TrainingError
 from lora_tune.model.load import Device, Placement
 from lora_tune.model.quantization import is_quantized
 from lora_tune.recipe.schema import EvalSection, TrainSection
@@ -31,15 +29,12 @@ from lora_tune.training.batching import (
     short_rows,
     train_feed,
 )
-from lora_tune.training.callbacks import BestWeights, FiniteGradients, StepLog, peak_memory_gib
+from lora_tune.training.callbacks import BestWeights, StepLog
+from lora_tune.training.keeper import Course, Keeper
+from lora_tune.training.memory import memory_by_part
+from lora_tune.training.numbers import Numbers
 from lora_tune.training.prepare import Notify
-
-_OUT_OF_MEMORY = (
-    "DefaultCPUAllocator: can't allocate memory",
-    "not enough memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "out of memory",
-)
+from lora_tune.training.snapshot import random_states
 
 MAX_LOGITS_BYTES = 2 * 1024**3
 """Above this, the logits of a micro-batch are left to TRL's chunked head."""
@@ -70,6 +65,8 @@ class Outcome:
     """Step whose weights were kept by early stopping; None keeps the last."""
     held_out_loss: float | None
     """Held-out loss of the weights that were kept, when it was measured while training."""
+    checkpoint_seconds: float = 0.0
+    """Spent writing checkpoints, in this sitting; `seconds` holds it too."""
 
     def as_dict(self) -> dict[str, Any]:
         """The outcome as reports print it."""
@@ -114,16 +111,21 @@ def loss_head(device: Device, model: Any) -> str:
 
 
 class Trainer(SFTTrainer):
-    """TRL's trainer, fed with finished tokens and labels; stops at the first loss that is not a number."""
+    """TRL's trainer, fed with finished tokens and labels; its checkpoints are ours, and it stops at what is no number."""
 
     feed: Feed
     """The training rows in their order."""
+    places: Sequence[Any] = ()
+    """The training rows with where each stands, as `feed` counts them."""
+    keeper: Keeper | None = None
+    numbers: Numbers | None = None
     held_out_order: Sequence[int] = ()
     """Held-out rows, longest first: the least padding, and the most memory at once."""
     head = "trl"
     n_tokens = 0
     n_trained = 0
     n_padded = 0
+    _micro_batch = 0
 
     def get_train_dataloader(self) -> Any:
         """Return the training rows as `train.batching` wants them."""
@@ -168,7 +170,10 @@ class Trainer(SFTTrainer):
         """Return and log the held-out loss: the mean over trained tokens, as evaluation/evaluate.py measures it."""
         self.model.eval()
         summed, count = 0.0, 0
+        drawn = random_states() if self.keeper else {}
         for batch in self.get_eval_dataloader():
+            if self.keeper and self.keeper.postpones_evaluation(drawn, self.control):
+                return {}
             inputs = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
                 summed += float(self.compute_loss(self.model, inputs, num_items_in_batch=torch.tensor(1.0)))
@@ -184,12 +189,45 @@ class Trainer(SFTTrainer):
         self.n_padded += int(inputs["input_ids"].numel())
         self.n_trained += int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss became {float(loss)} at step {self.state.global_step + 1}; the weights were not updated with it",
-                hint="lower train.learning_rate, or look for broken rows with `lora-tune preview`",
-            )
+        if self.numbers:
+            first = self._micro_batch * self.args.per_device_train_batch_size
+            self.numbers.check_loss(loss, self.state.global_step, first, self.args.per_device_train_batch_size)
+        self._micro_batch = (self._micro_batch + 1) % self.current_gradient_accumulation_steps
         return loss
+
+    def rows_of_step(self, step: int) -> list[list[str]]:
+        """Return where the rows of a step stand, step from 0: a list for each row, or for each pack."""
+        size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        epoch, within = divmod(step, -(-len(self.feed.order) // size))
+        sequences = self.feed.order.order(epoch)[within * size : (within + 1) * size]
+        packs = getattr(self.feed.dataset, "packs", None)
+        members = [[number] if packs is None else packs[number] for number in sequences]
+        return [[str(self.places[int(row)].where) for row in rows] for rows in members]
+
+    # transformers' own checkpoints are replaced here by keeper.py's; the rest of its resume is used as it is.
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        assert self.keeper is not None, "save_strategy is no: only the keeper asks for a checkpoint"
+        self.keeper.save()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        assert self.keeper is not None
+        self.keeper.load_weights()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.keeper is not None:
+            self.keeper.load_optimizer()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.keeper is not None:
+            self.keeper.restore_random()
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # transformers would train one step more after the last.
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
 
 def make_trainer(  # noqa: PLR0913
@@ -240,6 +278,7 @@ def make_trainer(  # noqa: PLR0913
     )  # fmt: skip
     if held_out:
         trainer.held_out_order = np.argsort(-held_out.n_tokens_by_row, kind="stable").tolist()
+    trainer.places = splits.train.rows
     trainer.head = loss_head(device, model.get_base_model())
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -248,27 +287,50 @@ def make_trainer(  # noqa: PLR0913
 def fit(  # noqa: PLR0913
     model: Any, tokenizer: Any, splits: Splits, section: TrainSection, evaluation: EvalSection, *,
     placement: Placement, device: Device, folder: Path, notify: Notify,
-    max_seq_tokens: int = 1024, neftune_alpha: float = 0.0,
+    max_seq_tokens: int = 1024, neftune_alpha: float = 0.0, course: Course | None = None, memory: dict[str, float] | None = None,
 ) -> Outcome:  # fmt: skip
     """Train the adapter in place and return what happened.
 
+    Args:
+        course: where checkpoints are kept and where to begin; None keeps none.
+        memory: filled with GiB by part when training fails.
+
     Raises:
-        TrainingError: the loss is no longer a number, or rows are to be packed on a base that lets them see each other
-            (exit 65).
+        TrainingError: a loss, gradient or weight is no longer a number, or rows are to be packed on a base that lets them
+            see each other (exit 65).
+        StoppedError: a signal ended it; a checkpoint holds all of it (exit 75).
+        CannotWriteError: the disk is full or failing (exit 74).
     """
     log = StepLog(folder / "metrics.jsonl", notify)
     best = BestWeights(evaluation.early_stopping_patience)
     trainer = make_trainer(
         model, tokenizer, splits, section, evaluation, placement=placement, device=device, folder=folder,
-        callbacks=[log, best, FiniteGradients()], max_seq_tokens=max_seq_tokens, neftune_alpha=neftune_alpha,
+        callbacks=[log, best], max_seq_tokens=max_seq_tokens, neftune_alpha=neftune_alpha,
     )  # fmt: skip
     log.counts = trainer
+    trainer.numbers = Numbers(trainer.rows_of_step, log.tell)
+    trainer.add_callback(trainer.numbers)
+    if course is not None:
+        trainer.keeper = Keeper(course, section, log=log, best=best, numbers=trainer.numbers)
+        trainer.add_callback(trainer.keeper)
+        trainer.keeper.attach(trainer)
     if section.batching == "packed":
         prove_packing(trainer, placement, device)
-    trainer.train()
+    try:
+        trainer.train(resume_from_checkpoint=str(course.start.folder) if course and course.start else None)
+    except BaseException:
+        if memory is not None:
+            memory.update(memory_by_part(model, trainer.optimizer))
+        raise
+    if trainer.keeper:
+        trainer.keeper.finish()
     # accelerate leaves the model inside its autocast; whoever loads the adapter computes without it.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    best.restore(model)
+    best.put_back(model)
+    return _outcome(trainer, log, best)
+
+
+def _outcome(trainer: Trainer, log: StepLog, best: BestWeights) -> Outcome:
     tail = log.losses[-max(1, len(log.losses) // 10) :]
     return Outcome(
         steps=trainer.state.global_step,
@@ -281,9 +343,10 @@ def fit(  # noqa: PLR0913
         padding_share=1 - trainer.n_tokens / trainer.n_padded,
         seconds=log.seconds,
         tokens_per_second=trainer.n_tokens / log.seconds,
-        peak_memory_gib=peak_memory_gib(),
-        best_step=best.step,
-        held_out_loss=best.loss if best.step is not None else log.held_out_loss,
+        peak_memory_gib=log.peak_memory_gib,
+        best_step=best.kept_step,
+        held_out_loss=best.loss if best.kept_step is not None else log.held_out_loss,
+        checkpoint_seconds=round(trainer.keeper.seconds, 3) if trainer.keeper else 0.0,
     )
 
 
@@ -299,25 +362,3 @@ def prove_packing(trainer: Trainer, placement: Placement, device: Device) -> Non
         precision = "int8" if getattr(model, "is_loaded_in_8bit", False) else "rounded"
     with torch.autocast(device.kind, torch.bfloat16, enabled=placement.autocast_bf16):
         check_packing(model, short_rows(trainer.train_dataset), precision=precision)
-
-
-@contextmanager
-def memory_guard(section: TrainSection, splits: Splits) -> Iterator[None]:
-    """Translate what runs out of memory in the block.
-
-    Raises:
-        OutOfMemoryError: with the peak and the settings to change (exit 71).
-    """
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as err:
-        if type(err) is RuntimeError and not any(sign in str(err) for sign in _OUT_OF_MEMORY):
-            raise
-        what = f"rows of up to {int(splits.train.n_tokens_by_row.max())} tokens"
-        raise OutOfMemoryError(
-            f"out of memory with {section.micro_batch_sequences} {'packs of rows' if section.batching == 'packed' else what} "
-            f"({peak_memory_gib():.2f} GiB at the peak): {(str(err) or type(err).__name__).splitlines()[0]}",
-            hint="halve train.micro_batch_sequences and double train.gradient_accumulation_steps (now "
-            f"{section.micro_batch_sequences} and {section.gradient_accumulation_steps}); then "
-            "train.gradient_checkpointing: true, base.quantization: nf4, a lower data.max_seq_tokens",
-        ) from err

@@ -35,6 +35,9 @@ SHOWN_ELSEWHERE = {
     "output.name": "tests/e2e/test_verbs.py::test_train_exports_registers_and_reports",
     "train.batching": "tests/invariant/test_training_invariants.py::test_each_step_says_its_padding_and_the_last_says_that_of_the_run",
     "augment.neftune_alpha": "tests/invariant/test_training_invariants.py::test_neftune_is_asked_for_only_when_it_is_wanted",
+    "train.save_every_steps": "tests/invariant/test_resume.py::test_checkpoints_are_written_when_due_and_so_many_are_kept",
+    "train.keep_checkpoints": "tests/invariant/test_resume.py::test_checkpoints_are_written_when_due_and_so_many_are_kept",
+    "train.on_oom": "tests/invariant/test_out_of_memory.py::test_shrinking_trains_the_same_steps",
     "train.method": "the only value today is sft; it is recorded in the passport's recipe",
 }
 TRAIN = {

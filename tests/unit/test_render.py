@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_tune.cli import ledger, render
+from lora_tune.cli import ledger, render, train_view
 from lora_tune.cli.app import main
 from lora_tune.cli.visible import pieces, visible, visible_lines
 from lora_tune.data.length import SetCounts
@@ -184,7 +184,7 @@ def test_a_run_says_what_became_of_its_data(capsys):
     found = _found()
     counts = {"train": {**CLEAN, "rows_dropped": 17}, "held_out": CLEAN}
     event = {"event": "data", **found["data"], **found["ledger"], "counts": counts, "warnings": ["mind the gap"]}
-    render.TrainView(as_json=False).notify(event)
+    train_view.TrainView(as_json=False).notify(event)
     said = capsys.readouterr()
     assert said.out == ""
     lines = said.err.splitlines()
@@ -195,7 +195,7 @@ def test_a_run_says_what_became_of_its_data(capsys):
     assert "  rows.jsonl was tokenized: tokenizer changed" in lines
     assert lines[-1] == "warning: mind the gap"
     event["tokenized"] = {"rows.jsonl": ledger.KEPT}
-    render.TrainView(as_json=False).notify(event)
+    train_view.TrainView(as_json=False).notify(event)
     assert "was tokenized" not in capsys.readouterr().err
 
 
