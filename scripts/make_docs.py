@@ -13,9 +13,9 @@ from lora_tune import errors
 from lora_tune.recipe.schema import SECTIONS, MixedSet, Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-VERBS = [[], ["check"], ["preview"], ["train"], ["eval"], ["chat"], ["serve"], ["merge"], ["export"], ["schema"], ["recipes", "ls"], ["recipes", "show"],
+VERBS = [[], ["check"], ["preview"], ["train"], ["eval"], ["chat"], ["serve"], ["merge"], ["export"], ["doctor"], ["schema"], ["recipes", "ls"], ["recipes", "show"],
          ["recipes", "cp"], *(["adapters", verb] for verb in ("list", "inspect", "verify", "lint", "promote", "rollback", "remove", "import", "export", "compose", "resize",
-                                  "fold", "push"))]  # fmt: skip
+                                  "fold", "push")), *(["runs", verb] for verb in ("list", "show", "compare", "report"))]  # fmt: skip
 
 
 def recipe_page() -> str:

@@ -11,10 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from lora_tune import __version__
-from lora_tune.cli import render
+from lora_tune.cli import render, train_view
 from lora_tune.cli.adapters_app import adapters_app
 from lora_tune.cli.options import Adapter, Base, Debug, EngineName, Json, Quantization, Recipe, Registry, Sets
-from lora_tune.errors import LoraTuneError, UsageError
+from lora_tune.cli.runs_app import runs_app
+from lora_tune.errors import LoraTuneError, TrainingError, UsageError
 
 INTERRUPTED = 130
 _EXAMPLE = """Example: lora-tune recipes cp quickstart my.yaml && lora-tune train my.yaml && lora-tune chat home-assistant
@@ -27,6 +28,7 @@ app = typer.Typer(
 recipes_app = typer.Typer(help="Recipes that ship with lora_tune.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(adapters_app, name="adapters")
+app.add_typer(runs_app, name="runs")
 
 
 def _print_version(wanted: bool) -> None:
@@ -69,16 +71,19 @@ def preview(recipe: Recipe, rows: Annotated[int, typer.Option("-n", min=1, help=
 @app.command()
 def train(recipe: Recipe, set_: Sets = None,
           run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Run folder; default runs/NAME-TIME.")] = None,
+          resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --run-dir, or with the newest unfinished one of this name.")] = False,
+          allow_drift: Annotated[list[str] | None, typer.Option("--allow-drift", metavar="FIELD", help="A setting that may have changed since, train.epochs say; repeatable.")] = None,
           dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop before the base is loaded; nothing is written.")] = False,
           registry: Registry = None, as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
     """Train an adapter from a recipe, prove it, measure it and put it into the registry."""
     from lora_tune.cli import recipe_verbs
 
-    view = render.TrainView(as_json=as_json)
+    view = train_view.TrainView(as_json=as_json)
     with view:
         outcome = recipe_verbs.train(
-            recipe, set_ or (), run_dir=run_dir, dry_run=dry_run, registry=registry, notify=view.notify
-        )
+            recipe, set_ or (), run_dir=run_dir, dry_run=dry_run, registry=registry, notify=view.notify,
+            resume=resume, allowed_drift=allow_drift or (),
+        )  # fmt: skip
     view.finish(outcome)
 
 
@@ -191,6 +196,19 @@ def export(adapter: Annotated[str, typer.Argument(help="An adapter, or a merged 
 
 
 @app.command()
+def doctor(what: Annotated[str | None, typer.Argument(metavar="RECIPE|BASE", help="Also look at this base, or a recipe's: its files and chat template.", show_default=False)] = None,
+           as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
+    """Check the installed stack on a tiny model. Exit 0 only if all of it computes what it should, else 65; offline."""
+    from lora_tune.cli import doctor_verb
+
+    with render.Progress() as progress:
+        found = doctor_verb.examine(what, progress)
+    doctor_verb.diagnosis(found, as_json=as_json)
+    if not found["ok"]:
+        raise typer.Exit(TrainingError.exit_code)
+
+
+@app.command()
 def schema(as_json: Json = False, debug: Debug = False) -> None:
     """Print the JSON Schema of a recipe, for editors."""
     from lora_tune.cli import recipe_verbs
@@ -271,7 +289,7 @@ def _interrupted(*, as_json: bool) -> int:
     if as_json:
         render.json_object({"error": {"code": "interrupted", "message": "interrupted", "hint": "", "where": ""}})
     else:
-        render.note("\ninterrupted; what was exported before stands in the run's folder, nothing else is kept")
+        render.note("\ninterrupted; what was written whole before stands as it was, nothing half-written is left")
     return INTERRUPTED
 
 
