@@ -1,6 +1,7 @@
 # The doors of this project. `make quickstart` and `make test` need Python >= 3.11 and make, nothing else.
 PYTHON ?= python3
 VENV   ?= .venv
+WORKERS ?= 2
 BIN    := $(VENV)/bin
 
 .PHONY: quickstart test test-slow lint check fix docs setup bench-serve
@@ -12,8 +13,9 @@ quickstart: $(VENV)/.installed
 	$(BIN)/lora-tune chat home-assistant --prompt "dim the kitchen lights to 40 percent" --max-tokens 48
 	@echo "Next: $(BIN)/lora-tune chat home-assistant   (or: adapters list, eval home-assistant, merge home-assistant OUT)"
 
+# Two processes with a core each; `make test WORKERS=0` runs in one.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "slow and not gpu and not network"

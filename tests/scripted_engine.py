@@ -174,6 +174,9 @@ class ScriptedEngine:
             self._change.notify_all()
         self._thread.join()
 
+    def can_answer(self) -> bool:
+        return not self._closing and self._thread.is_alive()
+
     def pause(self) -> None:
         """Make no more tokens until `resume`; submitting and cancelling go on."""
         with self._change:

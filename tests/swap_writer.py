@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from lora_tune.serving import state as journal
 from lora_tune.serving.swap import Fleet
 from tests.fleets import served
 from tests.registry_writer import _was_killed, die_at
@@ -30,6 +31,8 @@ DEEDS: dict[str, Callable[[Fleet], object]] = {
     "unload": lambda fleet: fleet.unload("other@1"),
 }
 """Done by a server that has home@1, then home@2, under home; home@1 under prod; and other@1."""
+SHORTEN = "shorten"
+"""No deed: what a server does with a long journal when it starts."""
 
 
 def prepare(fleet: Fleet) -> None:
@@ -57,11 +60,16 @@ def killed_by_step(base: Path, root: Path, template: Path, work: Path, deed: str
             code = 1
             with suppress(Exception):
                 die_at(step)
-                DEEDS[deed](open_fleet(base, root, state))
+                if deed == SHORTEN:
+                    journal.LONG_JOURNAL_BYTES = 500
+                fleet = open_fleet(base, root, state)
+                if deed != SHORTEN:
+                    DEEDS[deed](fleet)
                 code = 0
             os._exit(code)
         _, status = os.waitpid(pid, 0)
         if not _was_killed(status):
+            assert status == 0, "the one that was left alive did not do it"
             return
         yield state
 
@@ -100,14 +108,20 @@ def swap(fleet: Fleet, n: int) -> None:
 
 
 def main() -> None:
-    """`step BASE ROOT TEMPLATE WORK` or `any BASE ROOT WORK COUNT`: print the state files of those that were killed."""
+    """Print the state files of those that were killed.
+
+    `step BASE ROOT TEMPLATE WORK DEED…`, `shorten BASE ROOT TEMPLATE WORK` or `any BASE ROOT WORK COUNT`.
+    """
     how, *rest = sys.argv[1:]
     if how == "any":
         base, root, work, count = Path(rest[0]), Path(rest[1]), Path(rest[2]), int(rest[3])
         print(json.dumps([[str(state), said] for state, said in killed_at_any_moment(base, root, work, count)]))
         return
-    base, root, template, work = map(Path, rest)
-    print(json.dumps({deed: [*map(str, killed_by_step(base, root, template, work, deed))] for deed in DEEDS}))
+    base, root, template, work = map(Path, rest[:4])
+    if how == SHORTEN:
+        print(json.dumps([*map(str, killed_by_step(base, root, template, work, SHORTEN))]))
+        return
+    print(json.dumps({deed: [*map(str, killed_by_step(base, root, template, work, deed))] for deed in rest[4:]}))
 
 
 if __name__ == "__main__":

@@ -251,6 +251,9 @@ def main(arguments):
     """Answer on the socket of --uds, with the key of the environment, until killed."""
     given = dict(pairwise(arguments))
     if "--fail" in arguments:
+        print("(APIServer) WARNING This can cause fd limit errors like `OSError: [Errno 24] Too many open files`.")
+        print("(Worker) ERROR ValueError: Available memory is less than desired")
+        print("\n".join(f"(Worker) INFO step {n}" for n in range(12)))
         print("RuntimeError: Engine core initialization failed")
         sys.exit(3)
     VllmStandIn(path=given["--uds"], api_key=os.environ["VLLM_API_KEY"], base=given["--served-model-name"], pause=0.02)

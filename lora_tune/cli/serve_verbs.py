@@ -86,11 +86,14 @@ class Server:
     def open(self, section: BaseSection, wanted: Sequence[Wanted], progress: Progress) -> None:
         """Load the base and its adapters."""
         from lora_tune.serving.api import make_app
+        from lora_tune.serving.loading import LoadingServer
         from lora_tune.serving.opening import open_engine
         from lora_tune.serving.swap import Fleet
         from lora_tune.serving.watch import Watch
 
-        wish = self._wish
+        wish, settings = self._wish, self._exposure.settings(page=self._wish.page)
+        loading = LoadingServer(self._listening, settings)
+        self._closers.append(loading.stop)
         followed = [shelf.open_found(alias, root=wish.registry) for alias in wish.follow]
         needs = [*(adapter.found.files for adapter in wanted), *followed]
         engine, base, why = open_engine(
@@ -112,7 +115,7 @@ class Server:
                 words.append(f"{alias} is not followed yet: {watch.problem}")
             watch.start()
             self._closers.append(watch.stop)
-        self._app = make_app(fleet, self._exposure.settings(page=wish.page))
+        self._app = make_app(fleet, settings)
         self.facts = {
             "event": "ready",
             "url": self._exposure.url(self._listening.getsockname()[1]),
@@ -128,6 +131,9 @@ class Server:
             **_served(fleet),
             "warnings": [*self._exposure.warnings, *words],
         }
+        # From here on who connects waits for `run`, and is answered by it.
+        self._closers.remove(loading.stop)
+        loading.stop()
 
     def run(self) -> None:
         """Answer until SIGTERM or Ctrl-C, then let what is being answered come to its end."""
@@ -170,7 +176,7 @@ def open_server(wish: ServeWish, progress: Progress) -> Server:
 
     threads.leave_to_engine()
 
-    # Taken now, so that a port in use costs no load; who connects waits until the server answers.
+    # Taken now, so that a port in use costs no load; who connects meanwhile is told that it loads.
     listening = listen(wish.host, wish.port)
     log_to_stderr()
     server = Server(wish, exposure, listening)

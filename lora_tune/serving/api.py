@@ -87,7 +87,7 @@ async def health() -> JSONResponse:
 
 @_told.get("/ready")
 async def ready(request: Request) -> JSONResponse:
-    """Say whether requests are taken: the server is not shutting down; while it loads, connections wait."""
+    """Say whether requests are taken: everything is loaded, the engine answers, and the server is not shutting down."""
     is_ready = serving_of(request).fleet.ready()
     status = {"status": "ready" if is_ready else "not ready"}
     return JSONResponse(
@@ -190,7 +190,9 @@ class TimedH11(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Wait on from the first byte of a request; its headers end the wait."""
         super().data_received(data)
-        if self.conn.their_state is h11.IDLE:
+        # A body that goes on after its answer was refused is thrown away, but not for ever.
+        is_late = self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
+        if is_late or self.conn.their_state is h11.IDLE:
             self._wait()
         else:
             self._stop_waiting()
@@ -241,12 +243,18 @@ class DrainingServer(uvicorn.Server):
 
 def make_server(app: FastAPI, *, drain_seconds: float) -> DrainingServer:
     """Return the server of an app; `run(sockets=[…])` serves until it is stopped."""
-    config = uvicorn.Config(
-        app, http=TimedH11, ws="none", loop="asyncio", lifespan="on", log_config=None, access_log=False,
-        server_header=False, date_header=False, limit_concurrency=MAX_CONNECTIONS, proxy_headers=False,
-        timeout_keep_alive=_KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=2, h11_max_incomplete_event_size=32 * 1024,
-    )  # fmt: skip
+    config = uvicorn.Config(app, lifespan="on", **settings_of_uvicorn())
     return DrainingServer(config, app.state.serving.fleet, drain_seconds)
+
+
+def settings_of_uvicorn() -> dict[str, Any]:
+    """Return how uvicorn serves: bounded in connections, headers and time, and silent about itself."""
+    return {
+        "http": TimedH11, "ws": "none", "loop": "asyncio", "log_config": None, "access_log": False,
+        "server_header": False, "date_header": False, "limit_concurrency": MAX_CONNECTIONS, "proxy_headers": False,
+        "timeout_keep_alive": _KEEP_ALIVE_SECONDS, "timeout_graceful_shutdown": 2,
+        "h11_max_incomplete_event_size": 32 * 1024,
+    }  # fmt: skip
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -65,17 +65,6 @@ class AttachedAdapters:
         self.n_bytes = sum(weight.nbytes for name, weight in self.model.named_parameters() if "lora_" in name)
 
 
-def only_attends(model: Any) -> bool:
-    """Return whether padding can be masked out: a layer with a running state would take it in."""
-    from transformers import DynamicCache
-
-    try:
-        layers = DynamicCache(config=model.config).layers
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return False
-    return not any("LinearAttention" in type(layer).__name__ for layer in layers)
-
-
 def held_bytes(cache: Any) -> int:
     """Return what a cache holds for keys and values."""
     held = [getattr(layer, part, None) for layer in getattr(cache, "layers", ()) for part in ("keys", "values")]

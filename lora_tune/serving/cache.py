@@ -47,11 +47,23 @@ class KeyValueRows:
         return self.n_tokens
 
     def reserve(self, n_tokens: int) -> None:
-        """Make room for so many tokens in each row, keeping what is there."""
+        """Make room for so many tokens in each row, keeping what is there.
+
+        Raises:
+            OutOfMemoryError: there is no memory for it; what was there is there still.
+        """
         if n_tokens <= self.n_tokens:
             return
-        wanted = max(n_tokens, self.n_tokens + self.n_tokens // 2, _GROWTH_TOKENS)
-        wanted = -(-wanted // _GROWTH_TOKENS) * _GROWTH_TOKENS
+        least = -(-n_tokens // _GROWTH_TOKENS) * _GROWTH_TOKENS
+        ample = -(-max(n_tokens, self.n_tokens + self.n_tokens // 2) // _GROWTH_TOKENS) * _GROWTH_TOKENS
+        try:
+            self._lengthen(ample)
+        except OutOfMemoryError:
+            if least == ample:
+                raise
+            self._lengthen(least)
+
+    def _lengthen(self, wanted: int) -> None:
         for tensors in (self.keys, self.values):
             for layer, tensor in enumerate(tensors):
                 if tensor is not None:

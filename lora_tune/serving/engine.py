@@ -149,5 +149,8 @@ class Engine(Protocol):
     def facts(self) -> EngineFacts:
         """Return what it is doing."""
 
+    def can_answer(self) -> bool:
+        """Return whether it still answers: False once it is closing, its thread has died, or what it asks is gone."""
+
     def close(self) -> None:
         """Stop: what is being answered ends as cancelled, and the thread or process is gone when this returns."""

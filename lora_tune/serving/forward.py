@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lora_tune.errors import RequestError, UnsupportedError
+from lora_tune.serving.batches import stretching
 from lora_tune.serving.cache import KeyValueRows, cache_budget
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -22,7 +23,6 @@ class Forward:
         self._kinds = kinds or ({_SLIDING} if self._window else {_FULL})
         self._named_masks = bool(kinds) and len(kinds) > 1
         self.max_cache_bytes = cache_budget(model.device)
-        self._n_vocabulary = model.get_input_embeddings().weight.shape[0]
         self._bytes_per_token = 0
         self._additive = model.config._attn_implementation == "eager"
 
@@ -62,13 +62,11 @@ class Forward:
         return output.logits[:, -1]
 
     def check_holdable(self, prompt: Sequence[int]) -> None:
-        """Check that the base has every token of a prompt, and that it and a token more fit the memory set aside.
+        """Check that a prompt and a token more fit the memory set aside.
 
         Raises:
-            RequestError: it has not, or they do not (400).
+            RequestError: they do not (400).
         """
-        if not 0 <= min(prompt) <= max(prompt) < self._n_vocabulary:
-            raise RequestError(f"the prompt holds a token outside of the base's {self._n_vocabulary}")
         if len(prompt) + 1 > self.most_tokens():
             raise RequestError(
                 f"the prompt has {len(prompt)} tokens; there is memory set aside for {self.most_tokens()}, with the answer",
@@ -146,8 +144,7 @@ def unsupported(model: Any) -> str:
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         return f"it has layers of other kinds than attention: {', '.join(sorted(kinds))}"
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if rope.get("rope_type", rope.get("type")) in ("longrope", "dynamic"):
+    if stretching(config):
         return "its positions are computed from the longest row of a batch, so that answers would depend on their neighbours"
     if getattr(model, "_is_stateful", False) or not hasattr(config, "num_hidden_layers"):
         return "it keeps another state than keys and values"

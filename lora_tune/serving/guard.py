@@ -170,8 +170,9 @@ class Guard:
             if scope["method"] == "OPTIONS":
                 await reply.preflight(_values(headers, "access-control-request-headers"))
                 return
-        body = await _read_body(headers, receive, self._settings.max_body_bytes)
-        await self._app(scope, _replay(body, receive), reply.send)
+        _check_said(headers, self._settings.max_body_bytes)
+        body = _Body(receive, headers, self._settings.max_body_bytes)
+        await self._app(scope, body.receive, reply.send)
 
 
 class _Reply:
@@ -267,47 +268,60 @@ def _check_origin(headers: list[tuple[str, str]], host: str, allowed: tuple[str,
     )  # fmt: skip
 
 
-async def _read_body(headers: list[tuple[str, str]], receive: Receive, most: int) -> bytes:
-    """Return the whole body, within its limits of size and time."""
+def _check_said(headers: list[tuple[str, str]], most: int) -> None:
+    """Check what the headers say of a body, before any of it is read."""
     said = _values(headers, "content-length")
-    too_long = HttpRefusal(413, f"the body has more than {most} bytes", code="body_too_long", hint="send less")
     if said and (not said[0].isdigit() or int(said[0][:19]) > most):
-        raise too_long
-    chunks: list[bytes] = []
-    n_bytes = 0
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            more = True
-            while more:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise HttpRefusal(400, "the connection ended within the body", code="cut_off")
-                chunks.append(message.get("body", b""))
-                more = message.get("more_body", False)
-                n_bytes += len(chunks[-1])
-                if n_bytes > most:
-                    raise too_long
-    except TimeoutError:
-        raise HttpRefusal(408, f"the body took longer than {BODY_SECONDS:g} s", code="body_too_slow") from None
-    body = b"".join(chunks)
-    if body:
-        kinds, encodings = _values(headers, "content-type"), _values(headers, "content-encoding")
-        plain = all(encoding.lower() == "identity" for encoding in encodings)
-        if len(kinds) != 1 or not _JSON_TYPE.fullmatch(kinds[0]) or not plain:
-            raise HttpRefusal(
-                415,
-                "the body is not said to be plain JSON",
-                code="not_json",
-                hint="send content-type: application/json",
-            )
-    return body
+        raise _too_long(most)
+    if said and said[0].strip("0"):
+        _check_kind(headers)
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return what gives the body that was read, then what comes after it: the end of the connection."""
-    left = [{"type": "http.request", "body": body, "more_body": False}]
+def _check_kind(headers: list[tuple[str, str]]) -> None:
+    kinds, encodings = _values(headers, "content-type"), _values(headers, "content-encoding")
+    plain = all(encoding.lower() == "identity" for encoding in encodings)
+    if len(kinds) != 1 or not _JSON_TYPE.fullmatch(kinds[0]) or not plain:
+        raise HttpRefusal(
+            415, "the body is not said to be plain JSON", code="not_json", hint="send content-type: application/json"
+        )
 
-    async def again() -> Message:
-        return left.pop() if left else await receive()
 
-    return again
+def _too_long(most: int) -> HttpRefusal:
+    return HttpRefusal(413, f"the body has more than {most} bytes", code="body_too_long", hint="send less")
+
+
+class _Body:
+    """A request's body, read within its limits of size and time when the app first asks for it.
+
+    The app looks at the key first: of who has none, nothing is read or kept.
+    """
+
+    def __init__(self, receive: Receive, headers: list[tuple[str, str]], most: int) -> None:
+        self._receive, self._headers, self._most = receive, headers, most
+        self._is_read = False
+
+    async def receive(self) -> Message:
+        """Give the whole body, then what comes after it: the end of the connection."""
+        if self._is_read:
+            return await self._receive()
+        self._is_read = True
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await self._whole()
+        except TimeoutError:
+            raise HttpRefusal(408, f"the body took longer than {BODY_SECONDS:g} s", code="body_too_slow") from None
+        if body:
+            _check_kind(self._headers)
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def _whole(self) -> bytes:
+        body, more = bytearray(), True
+        while more:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise HttpRefusal(400, "the connection ended within the body", code="cut_off")
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > self._most:
+                raise _too_long(self._most)
+        return bytes(body)

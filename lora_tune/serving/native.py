@@ -5,33 +5,29 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from lora_tune.adapter.apply import read_state
 from lora_tune.adapter.door import AdapterFiles
 from lora_tune.errors import (
-    BusyError,
     ConflictError,
     DrainingError,
     LoraTuneError,
-    MissingInputError,
-    RequestError,
+    OutOfMemoryError,
     TrainingError,
     UnsupportedError,
-)  # fmt: skip
+)
 from lora_tune.serving import threads
 from lora_tune.serving.cache import KeyValueRows
-from lora_tune.serving.engine import BASE, EngineFacts, Finish, Sink, Work
+from lora_tune.serving.engine import EngineFacts, Finish, Sink, Work
 from lora_tune.serving.forward import Forward
+from lora_tune.serving.limits import MAX_WAITING, EngineLimits
 from lora_tune.serving.prefixes import MIN_REUSED_TOKENS, Prefixes, common_length
-from lora_tune.serving.running import RunningAnswer
+from lora_tune.serving.running import RunningAnswer, begins_like, prefill_budget, told
 from lora_tune.serving.sampling import choose, generator_for
 from lora_tune.serving.slots import SlotPool
 
-IDLE_PREFILL_TOKENS = 1024
-"""Most prompt tokens of one call when nobody is waiting for a next token."""
-BUSY_PREFILL_TOKENS = 32
-"""And when somebody is, for each prompt that waits per answer being made: it adds to the time between two tokens."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -47,7 +43,7 @@ class NativeEngine:
         *,
         max_context_tokens: int,
         max_running: int = 16,
-        max_waiting: int = 256,
+        max_waiting: int = MAX_WAITING,
         max_adapters: int = 16,
         max_rank: int = 64,
         prefix_bytes: int = 256 * 1024**2,
@@ -68,16 +64,19 @@ class NativeEngine:
             UnsupportedError: this model's answers would not be its own.
         """
         self.max_context_tokens = max_context_tokens
-        self._max_running, self._max_waiting = max_running, max_waiting
-        self._max_adapters, self._max_rank = max_adapters, max_rank
+        n_vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        self._limits = EngineLimits(max_context_tokens, n_vocabulary, max_waiting, max_adapters)
+        self._max_running, self._max_rank = max_running, max_rank
         self._ends = frozenset(ends)
         self._prefixes = Prefixes(prefix_bytes)
         self._running: list[RunningAnswer] = []
         self._waiting: deque[RunningAnswer] = deque()
-        self._commands: deque[tuple[Callable[[], None], threading.Event]] = deque()
+        self._commands: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._loading: set[str] = set()
         self._wake = threading.Condition()
         self._closing = False
+        self._defect: LoraTuneError | None = None
+        """What ended the thread, if anything but `close` did."""
         self._n_generated = self._n_prefilled = 0
         ready: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, args=(model, ready), name="lora-tune-engine", daemon=True)
@@ -88,21 +87,13 @@ class NativeEngine:
 
     def submit(self, work: Work, sink: Sink) -> RunningAnswer:
         """Begin an answer; see Engine."""
-        if len(work.prompt) + 1 > self.max_context_tokens or not work.prompt:
-            raise RequestError(
-                f"the prompt has {len(work.prompt)} tokens; with the answer, 2 to {self.max_context_tokens} fit",
-                hint="shorten the conversation",
-            )
+        self._limits.check_work(work)
         self._forward.check_holdable(work.prompt)
         stops = frozenset() if work.sampling.ignore_end else self._ends
         answer = RunningAnswer(work, sink, generator_for(work.sampling), list(work.prompt), stops=stops)
         with self._wake:
-            if self._closing:
-                raise DrainingError("the engine is closing", hint="ask another server")
-            if work.adapter != BASE and not self._pool.holds(work.adapter):
-                raise MissingInputError(f"no adapter {work.adapter!r} is loaded")
-            if len(self._waiting) >= self._max_waiting:
-                raise BusyError(f"{len(self._waiting)} answers are waiting", hint="try again later")
+            self._refuse_when_closing()
+            self._limits.check_place(work, held=self._pool.loaded(), n_waiting=len(self._waiting))
             self._waiting.append(answer)
             self._wake.notify()
         return answer
@@ -115,15 +106,8 @@ class NativeEngine:
                 hint=f"start it with --max-rank {files.shape.rank}, or `lora-tune adapters resize` the adapter",
             )
         with self._wake:
-            if self._closing:
-                raise DrainingError("the engine is closing")
-            if self._pool.holds(key) or key in self._loading:
-                raise ConflictError(f"{key} is loaded already")
-            if self._pool.n_adapters() + len(self._loading) >= self._max_adapters:
-                raise BusyError(
-                    f"all {self._max_adapters} places for adapters are taken",
-                    hint="unload one, or start the server with a larger --max-adapters",
-                )
+            self._refuse_when_closing()
+            self._limits.check_arrival(key, held=self._pool.loaded(), arriving=self._loading)
             self._loading.add(key)
         try:
             self._pool.load(key, files, read_state(files))
@@ -139,7 +123,7 @@ class NativeEngine:
                 users = sum(answer.work.adapter == key for answer in (*self._running, *self._waiting))
                 if users:
                     raise ConflictError(f"{users} answers are using {key}", hint="wait until they are done")
-                if self._pool.holds(key):
+                if key in self._pool.loaded():
                     self._pool.unload(key)
             self._prefixes.forget(key)
 
@@ -152,12 +136,16 @@ class NativeEngine:
                 n_running=len(self._running),
                 n_waiting=len(self._waiting),
                 n_adapters=self._pool.n_adapters(),
-                max_adapters=self._max_adapters,
+                max_adapters=self._limits.max_adapters,
                 n_tokens_generated=self._n_generated,
                 n_tokens_prefilled=self._n_prefilled,
                 cache_bytes=self._cache.n_bytes() + self._prefixes.n_bytes,
                 adapter_bytes=self._pool.n_bytes(),
             )
+
+    def can_answer(self) -> bool:
+        """Return whether its thread lives; see Engine."""
+        return not self._closing and self._thread.is_alive()
 
     def close(self) -> None:
         """Stop; see Engine."""
@@ -167,25 +155,20 @@ class NativeEngine:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
+    def _refuse_when_closing(self) -> None:
+        if self._defect is not None:
+            raise DrainingError("the engine has stopped after a failure", hint="start the server again")
+        if self._closing:
+            raise DrainingError("the engine is closing", hint="ask another server")
+
     def _on_thread(self, command: Callable[[], None]) -> None:
         """Run something between two steps and wait for it; its error is raised here."""
-        failure: list[BaseException] = []
-        done = threading.Event()
-
-        def run() -> None:
-            try:
-                command()
-            except Exception as err:  # noqa: BLE001 - raised on the thread that asked
-                failure.append(err)
-
+        done: Future[None] = Future()
         with self._wake:
-            if self._closing:
-                raise DrainingError("the engine is closing")
-            self._commands.append((run, done))
+            self._refuse_when_closing()
+            self._commands.append((command, done))
             self._wake.notify()
-        done.wait()
-        if failure:
-            raise failure[0]
+        done.result()
 
     def _run(self, model: Any, ready: "queue.SimpleQueue[BaseException | None]") -> None:
         import torch
@@ -202,19 +185,30 @@ class NativeEngine:
             ready.put(err)
             return
         ready.put(None)
-        with torch.inference_mode():
-            while self._await_work():
-                try:
-                    self._step()
-                except Exception as err:  # noqa: BLE001 - one bad batch must not end the thread that answers all others
-                    self._fail_all(err)
-        for answer in (*self._running, *self._waiting):
-            answer.sink(Finish("cancelled", len(answer.tokens) - answer.n_prompt))
+        defect = None
+        try:
+            with torch.inference_mode():
+                while self._await_work():
+                    try:
+                        self._step()
+                    except Exception as err:  # noqa: BLE001 - one bad batch must not end the thread that answers all others
+                        self._fail_all(err)
+        except BaseException as err:  # noqa: BLE001 - nobody would be told that the thread is gone
+            _LOG.critical("the native engine has stopped", exc_info=err)
+            defect = told(err)
+        self._end_all(defect)
+
+    def _end_all(self, defect: LoraTuneError | None) -> None:
+        """Tell everybody that nothing more comes; the last that the thread does."""
         with self._wake:
+            self._defect = defect
+            left = [*self._running, *self._waiting]
             self._running, self._waiting = [], deque()
             commands, self._commands = self._commands, deque()
+        for answer in left:
+            answer.sink(answer.finish("failed" if defect else "cancelled", defect))
         for _, done in commands:
-            done.set()
+            done.set_exception(DrainingError("the engine has stopped"))
 
     def _await_work(self) -> bool:
         """Wait until there is something to do, take in what waits, and return False when it is time to end."""
@@ -227,21 +221,25 @@ class NativeEngine:
             while self._waiting and len(self._running) < self._max_running and not self._closing:
                 self._running.append(self._waiting.popleft())
         for command, done in commands:
-            command()
-            done.set()
+            try:
+                command()
+            except Exception as err:  # noqa: BLE001 - raised on the thread that asked
+                done.set_exception(err)
+            else:
+                done.set_result(None)
         return not self._closing
 
     def _step(self) -> None:
         """Read what new prompts may be read, then make one token of every answer that is being made."""
         for row in reversed(range(len(self._running))):
             if self._running[row].cancelled:
-                self._leave(row, "cancelled")
+                self._leave(row, self._running[row].finish("cancelled"))
         self._drop_cancelled_waiting()
         n_answering = sum(not answer.reading for answer in self._running)
         self._read_prompts(n_answering)
+        n_answering -= self._make_room([(answer, len(answer.tokens)) for answer in self._running[:n_answering]])
         answering = self._running[:n_answering]
         if answering:
-            self._cache.reserve(max(len(answer.tokens) for answer in answering))
             logits = self._forward(
                 [answer.tokens[-1:] for answer in answering],
                 [answer.n_cached for answer in answering],
@@ -256,34 +254,44 @@ class NativeEngine:
         """Read the next prompts, or a part of the next one; those read to the end get their first token."""
         group = self._next_prompts(n_answering)
         if not group:
-            return
-        budget = self._prefill_budget(n_answering)
+            return None
+        budget = prefill_budget(len(self._running), n_answering)
+        left = len(group) - self._make_room([(one, min(one.n_prompt, one.n_cached + budget)) for one in group])
+        group = self._running[n_answering : n_answering + left]
+        if not group:
+            return None
         parts = [answer.tokens[answer.n_cached : answer.n_cached + budget] for answer in group]
-        self._cache.reserve(max(answer.n_cached + len(part) for answer, part in zip(group, parts, strict=True)))
-        logits = self._forward(
-            parts, [answer.n_cached for answer in group], first_row=n_answering, route=self._route(group)
-        )
+        starts = [answer.n_cached for answer in group]
+        try:
+            logits = self._forward(parts, starts, first_row=n_answering, route=self._route(group))
+        except Exception as err:  # noqa: BLE001 - only these rows were written to: the answers beside them go on
+            return self._fail(group, err)
         for answer, part in zip(group, parts, strict=True):
             answer.n_cached += len(part)
         self._n_prefilled += sum(map(len, parts))
         if not group[0].reading:
             self._next_tokens(logits, group)
+        return None
 
-    def _prefill_budget(self, n_answering: int) -> int:
-        if not n_answering:
-            return IDLE_PREFILL_TOKENS
-        n_reading = len(self._running) - n_answering
-        return min(max(BUSY_PREFILL_TOKENS * n_reading // n_answering, BUSY_PREFILL_TOKENS), IDLE_PREFILL_TOKENS)
+    def _make_room(self, wanted: Sequence[tuple[RunningAnswer, int]]) -> int:
+        """Make room for so many tokens of each answer; those for which there is no memory fail, and are counted."""
+        try:
+            self._cache.reserve(max((n_tokens for _, n_tokens in wanted), default=0))
+        except OutOfMemoryError as err:
+            failed = [answer for answer, n_tokens in wanted if n_tokens > self._cache.n_tokens]
+            self._fail(failed, err)
+            return len(failed)
+        return 0
 
     def _next_prompts(self, n_answering: int) -> list[RunningAnswer]:
         """Return the prompts that are read together: as many of the next ones as fit, padded by less than a third.
 
         One that begins like another of the group waits for it, and then takes over that beginning.
         """
-        budget = self._prefill_budget(n_answering)
+        budget = prefill_budget(len(self._running), n_answering)
         group: list[RunningAnswer] = []
         for row, answer in enumerate(self._running[n_answering:], start=n_answering):
-            if any(self._begins_like(answer, other) for other in group):
+            if any(begins_like(answer, other) for other in group):
                 break
             if not answer.placed:
                 self._take_over_beginning(row)
@@ -294,12 +302,6 @@ class NativeEngine:
             if left[-1] > budget:
                 break
         return group
-
-    def _begins_like(self, answer: RunningAnswer, other: RunningAnswer) -> bool:
-        if answer.work.adapter != other.work.adapter:
-            return False
-        n_common = common_length(answer.work.prompt, other.work.prompt)
-        return n_common - other.n_reused >= MIN_REUSED_TOKENS
 
     def _take_over_beginning(self, row: int) -> None:
         """Copy the longest known beginning of a prompt into its row: of another answer, or of what is kept."""
@@ -316,7 +318,10 @@ class NativeEngine:
         n_kept, kept = self._prefixes.longest(adapter, prompt)
         if max(best, n_kept) < MIN_REUSED_TOKENS:
             return
-        self._cache.reserve(len(prompt))
+        try:
+            self._cache.reserve(len(prompt))
+        except OutOfMemoryError:
+            return  # it is read from its first token on, as far as there is room
         if kept is not None and n_kept >= best:
             self._cache.copy_in(row, kept, n_kept)
         else:
@@ -335,28 +340,25 @@ class NativeEngine:
         chosen = choose(logits_bv, samplings, generators)
         done: list[tuple[RunningAnswer, Finish]] = []
         for answer, token, is_finite in zip(answers, chosen, finite, strict=True):
-            n_generated = len(answer.tokens) - answer.n_prompt
             if not is_finite:
                 error = TrainingError(
                     "the model's numbers are not finite", hint="`lora-tune adapters verify` the adapter"
                 )
-                done.append((answer, Finish("failed", n_generated, answer.n_reused, error)))
+                done.append((answer, answer.finish("failed", error)))
             elif token.id in answer.stops:
-                done.append((answer, Finish("stop", n_generated, answer.n_reused)))
+                done.append((answer, answer.finish("stop")))
             else:
                 answer.tokens.append(token.id)
                 self._n_generated += 1
                 answer.sink(token)
-                if n_generated + 1 >= answer.work.sampling.max_tokens or len(answer.tokens) >= most_tokens:
-                    done.append((answer, Finish("length", n_generated + 1, answer.n_reused)))
+                if answer.n_generated >= answer.work.sampling.max_tokens or len(answer.tokens) >= most_tokens:
+                    done.append((answer, answer.finish("length")))
         for answer, finish in done:
             self._leave(self._running.index(answer), finish)
 
-    def _leave(self, row: int, finish: Finish | str) -> None:
+    def _leave(self, row: int, finish: Finish) -> None:
         """End an answer and close the gap: answering rows stay the first ones, and prompts are read in their order."""
         answer = self._running[row]
-        if isinstance(finish, str):
-            finish = Finish("cancelled", len(answer.tokens) - answer.n_prompt, answer.n_reused)
         if finish.reason in ("stop", "length") and not self._prefixes.covers(answer.work.adapter, answer.tokens):
             kept = answer.tokens[: answer.n_cached]
             self._prefixes.keep(answer.work.adapter, kept, self._cache.copy_out(row, answer.n_cached))
@@ -380,15 +382,18 @@ class NativeEngine:
         for answer in dropped:
             answer.sink(Finish("cancelled"))
 
+    def _fail(self, answers: Sequence[RunningAnswer], err: Exception) -> None:
+        """End these answers with the error; the others go on."""
+        _LOG.error("%d answers failed: %s: %s", len(answers), type(err).__name__, err)
+        for answer in answers:
+            self._leave(self._running.index(answer), answer.finish("failed", told(err)))
+
     def _fail_all(self, err: Exception) -> None:
         """End every running answer with the error; the engine goes on with the next ones."""
         _LOG.error("a batch failed: %s: %s", type(err).__name__, err)
-        error = LoraTuneError("the engine failed", hint="the server's log says why")
-        if isinstance(err, LoraTuneError):
-            error = err
         with self._wake:
             failed, self._running = self._running, []
         self._cache.shrink()
         self._prefixes.clear()
         for answer in failed:
-            answer.sink(Finish("failed", len(answer.tokens) - answer.n_prompt, answer.n_reused, error))
+            answer.sink(answer.finish("failed", told(err)))

@@ -13,19 +13,19 @@ from typing import Any
 
 from lora_tune.adapter.door import AdapterFiles
 from lora_tune.errors import (
-    BusyError,
     ConflictError,
     DrainingError,
     LoraTuneError,
-    MissingInputError,
     OutOfMemoryError,
-    RequestError,
     TrainingError,
+    UnsupportedError,
 )
 from lora_tune.model.load import Dtype
 from lora_tune.serving import threads
-from lora_tune.serving.attached import AttachedAdapters, held_bytes, only_attends
-from lora_tune.serving.engine import BASE, EngineFacts, Finish, Sink, Token, Work
+from lora_tune.serving.attached import AttachedAdapters, held_bytes
+from lora_tune.serving.batches import Batch, only_attends, rereads_from, stretching
+from lora_tune.serving.engine import EngineFacts, Finish, Sink, Token, Work
+from lora_tune.serving.limits import MAX_WAITING, EngineLimits
 from lora_tune.serving.sampling import choose, generator_for
 
 _LOG = logging.getLogger(__name__)
@@ -66,35 +66,6 @@ class _Row:
             _LOG.exception("an answer's end was told to a listener that failed")
 
 
-class _Batch:
-    """Answers of one adapter that go on together: the tokens so far, padded in front, and what the model remembers."""
-
-    def __init__(self, rows: list[_Row], device: Any) -> None:
-        import torch
-
-        self.rows = rows
-        self.adapter = rows[0].work.adapter
-        prompts = [row.work.prompt for row in rows]
-        width = max(map(len, prompts))
-        self.ids = torch.tensor([(0,) * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-        self.attended = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        self.cache: Any = None
-
-    def go_on(self, going: Sequence[int], tokens: Sequence[Token]) -> list[_Row]:
-        """Take in one token a row, keep the rows numbered in `going`, and return the others."""
-        import torch
-
-        left = [row for number, row in enumerate(self.rows) if number not in going]
-        chosen = torch.tensor(going, device=self.ids.device, dtype=torch.long)
-        if left and self.cache is not None:
-            self.cache.reorder_cache(chosen)
-        made = torch.tensor([[tokens[number].id] for number in going], device=self.ids.device, dtype=torch.long)
-        self.ids = torch.cat([self.ids[chosen], made.reshape(-1, 1)], dim=1)
-        self.attended = torch.cat([self.attended[chosen], torch.ones_like(made.reshape(-1, 1))], dim=1)
-        self.rows = [self.rows[number] for number in going]
-        return left
-
-
 class SimpleEngine:
     """Every method may be called from any thread; the model is touched by one only."""
 
@@ -106,21 +77,35 @@ class SimpleEngine:
         ends: Sequence[int],
         *,
         max_context_tokens: int,
-        max_waiting: int = 256,
+        max_waiting: int = MAX_WAITING,
         max_adapters: int = 16,
         adapter_dtype: Dtype = "fp32",
     ) -> None:
+        """Take over the model.
+
+        Raises:
+            UnsupportedError: an answer would depend on those that were made before it.
+        """
+        config = model.config.get_text_config()
+        if stretching(config) == "dynamic":
+            raise UnsupportedError(
+                "this base's positions depend on the longest answer that was ever made, so that answers would not be its own",
+                hint="serve it with --engine vllm",
+            )
         self.max_context_tokens = max_context_tokens
         self._ends = frozenset(ends)
-        self._max_waiting, self._max_adapters = max_waiting, max_adapters
+        n_vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        self._limits = EngineLimits(max_context_tokens, n_vocabulary, max_waiting, max_adapters)
+        # Where a batch's longest row stretches the positions of all, each answer is a batch of its own.
+        self._max_batch = 1 if stretching(config) else MAX_BATCH
+        self._rereads_from = rereads_from(config)
         self._weights = AttachedAdapters(model, adapter_dtype)
-        self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
         takes = inspect.signature(model.forward).parameters
         self._pads = "position_ids" in takes and only_attends(model)
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._lock = threading.Condition()
         self._waiting: deque[_Row] = deque()
-        self._batches: list[_Batch] = []
+        self._batches: list[Batch] = []
         self._chores: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._keys: set[str] = set()
         self._n_generated = self._n_prefilled = 0
@@ -132,22 +117,11 @@ class SimpleEngine:
 
     def submit(self, work: Work, sink: Sink) -> _Row:
         """Begin an answer; see Engine."""
-        n_prompt = len(work.prompt)
-        if not 1 <= n_prompt < self.max_context_tokens or work.sampling.max_tokens < 1:
-            raise RequestError(
-                f"the prompt has {n_prompt} tokens and {work.sampling.max_tokens} are asked for; "
-                f"2 to {self.max_context_tokens} fit, at least one of each",
-                hint="shorten the conversation",
-            )
-        if not 0 <= min(work.prompt) <= max(work.prompt) < self._vocabulary:
-            raise RequestError(f"the prompt holds a token that is not among the {self._vocabulary} that the base knows")
-        row = _Row(work, sink, limit=min(work.sampling.max_tokens, self.max_context_tokens - n_prompt))
+        self._limits.check_work(work)
+        row = _Row(work, sink, limit=self._limits.room_tokens(work))
         with self._lock:
             self._refuse_when_closing()
-            if work.adapter != BASE and work.adapter not in self._keys:
-                raise MissingInputError(f"no adapter {work.adapter!r} is loaded")
-            if len(self._waiting) >= self._max_waiting:
-                raise BusyError(f"{len(self._waiting)} answers are waiting", hint="try again later")
+            self._limits.check_place(work, held=self._keys, n_waiting=len(self._waiting))
             self._waiting.append(row)
             self._lock.notify()
         return row
@@ -156,13 +130,7 @@ class SimpleEngine:
         """Bring an adapter in between two tokens; see Engine."""
 
         def attach() -> None:
-            if key in self._keys:
-                raise ConflictError(f"{key} is loaded already")
-            if len(self._keys) >= self._max_adapters:
-                raise BusyError(
-                    f"all {self._max_adapters} places for adapters are taken",
-                    hint="unload one, or start the server with a larger --max-adapters",
-                )
+            self._limits.check_arrival(key, held=self._keys)
             self._weights.attach(key, files)
             with self._lock:
                 self._keys.add(key)
@@ -191,12 +159,16 @@ class SimpleEngine:
                 n_running=len(self._running()),
                 n_waiting=len(self._waiting),
                 n_adapters=len(self._keys),
-                max_adapters=self._max_adapters,
+                max_adapters=self._limits.max_adapters,
                 n_tokens_generated=self._n_generated,
                 n_tokens_prefilled=self._n_prefilled,
                 cache_bytes=sum(held_bytes(batch.cache) for batch in self._batches),
                 adapter_bytes=self._weights.n_bytes,
             )
+
+    def can_answer(self) -> bool:
+        """Return whether its thread lives; see Engine."""
+        return not self._closing and self._thread.is_alive()
 
     def close(self) -> None:
         """Stop; see Engine."""
@@ -284,7 +256,7 @@ class SimpleEngine:
             groups = []
             n_free = MAX_RUNNING - len(self._running())
             while self._waiting and n_free > 0:
-                groups.append(self._take_group(min(MAX_BATCH, n_free)))
+                groups.append(self._take_group(min(self._max_batch, n_free)))
                 n_free -= len(groups[-1])
         for row in cancelled:
             row.finish("cancelled")
@@ -293,7 +265,7 @@ class SimpleEngine:
 
     def _start(self, group: list[_Row]) -> None:
         try:
-            batch = _Batch(group, self._weights.model.device)
+            batch = Batch(group, self._weights.model.device)
         except Exception as err:  # noqa: BLE001 - carried to every answer of the group
             for row in group:
                 row.finish("failed", _translated(err))
@@ -317,7 +289,7 @@ class SimpleEngine:
         self._waiting = others
         return group
 
-    def _step(self, batch: _Batch) -> None:
+    def _step(self, batch: Batch) -> None:
         """Make one token of each answer of the batch, tell it, and let go of those that are done."""
         if all(row.cancelled for row in batch.rows):
             return self._end(batch, [(row, "cancelled", None) for row in batch.rows])
@@ -360,15 +332,17 @@ class SimpleEngine:
         row.sink(token)
         return ("length" if row.n_generated >= row.limit else None), None
 
-    def _end(self, batch: _Batch, over: Sequence[tuple[_Row, str, LoraTuneError | None]]) -> None:
+    def _end(self, batch: Batch, over: Sequence[tuple[_Row, str, LoraTuneError | None]]) -> None:
         with self._lock:
             self._batches.remove(batch)
         for row, reason, error in over:
             row.finish(reason, error)
 
-    def _forward(self, batch: _Batch) -> Any:
+    def _forward(self, batch: Batch) -> Any:
         """Return the logits that predict the next token of each row, [B, V]."""
         self._weights.act(batch.adapter)
+        if batch.ids.shape[1] == self._rereads_from:
+            batch.cache = None
         n_new = 1 if batch.cache is not None else batch.ids.shape[1]
         if all(row.n_generated == 0 for row in batch.rows):
             self._n_prefilled += sum(len(row.work.prompt) for row in batch.rows)

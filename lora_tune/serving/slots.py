@@ -65,9 +65,9 @@ class SlotPool:
         """
         self._residents[key] = self._resident(files, state)
 
-    def holds(self, key: str) -> bool:
-        """Return whether an adapter is loaded."""
-        return key in self._residents
+    def loaded(self) -> frozenset[str]:
+        """Return the adapters that are loaded."""
+        return frozenset(list(self._residents))
 
     def unload(self, key: str) -> None:
         """Free an adapter's memory."""

@@ -1,22 +1,25 @@
 """The journal of one server: which adapter versions it had loaded, and what its names and aliases meant.
 
 Append-only JSON lines, each synced before what it says takes effect. A line that is cut off, damaged or of a kind not
-known here is passed over and counted; fold is the one place that says what an event changes.
+known here is passed over and counted; fold is the one place that says what an event changes. A long journal is replaced,
+in one step, by the fewest lines that come to the same.
 """
 
 import errno
 import fcntl
+import logging
 import os
 import stat
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from lora_tune.errors import ConflictError, DrainingError, LoraTuneError, RefusedError
+from lora_tune.errors import ConflictError, DrainingError, RefusedError
 from lora_tune.recipe.schema import NAME_PATTERN
 from lora_tune.staging import translated
 
@@ -24,8 +27,12 @@ MAX_HISTORY = 16
 """Aims that an alias remembers; rolling back further is not possible."""
 MAX_SPLIT = 8
 """Versions that share one alias."""
-MAX_JOURNAL_BYTES = 64 * 1024**2
-"""About 200,000 swaps; what is longer is not read."""
+LONG_JOURNAL_BYTES = 1024**2
+"""About 3,000 swaps; what is longer is made short again."""
+MAX_JOURNAL_BYTES = 256 * 1024**2
+"""What is longer is none of ours, and is not read."""
+_MAX_LINE_BYTES = 64 * 1024
+_LOG = logging.getLogger(__name__)
 
 _Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 _Id = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}@([1-9][0-9]{0,8}|sha256:[0-9a-f]{12})$")]
@@ -163,6 +170,9 @@ def fold(state: State, event: Event) -> State:
     return State(records, histories)
 
 
+_FLAGS = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
 class Journal:
     """The journal's file, held by one server at a time.
 
@@ -174,29 +184,37 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._long_bytes = LONG_JOURNAL_BYTES
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Never through a link; without O_NONBLOCK, opening a pipe waits for its other end.
-            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            self._descriptor = os.open(path, flags, 0o644)
+            self._hold(self._opened())
+            _sync_folder(path.parent)
         except OSError as err:
             if err.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
                 raise _not_regular(path) from err
             raise translated(err, path) from err
-        self.close = weakref.finalize(self, os.close, self._descriptor)
-        """Let go of the file; another server may then hold it."""
-        try:
-            self._check_ours()
-            _sync_folder(path.parent)
-        except OSError as err:
-            self.close()
-            raise translated(err, path) from err
-        except LoraTuneError:
-            self.close()
-            raise
 
-    def _check_ours(self) -> None:
-        facts = os.fstat(self._descriptor)
+    def _hold(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self.close = weakref.finalize(self, os.close, descriptor)
+        """Let go of the file; another server may then hold it."""
+
+    def _opened(self) -> int:
+        while True:
+            # Never through a link; without O_NONBLOCK, opening a pipe waits for its other end.
+            descriptor = os.open(self.path, _FLAGS | os.O_NONBLOCK, 0o644)
+            try:
+                self._check_ours(descriptor)
+                held, named = os.fstat(descriptor), self.path.stat()
+            except BaseException:
+                os.close(descriptor)
+                raise
+            if (held.st_dev, held.st_ino) == (named.st_dev, named.st_ino):
+                return descriptor
+            os.close(descriptor)  # the server that held it has just put a shorter one in its place
+
+    def _check_ours(self, descriptor: int) -> None:
+        facts = os.fstat(descriptor)
         if not stat.S_ISREG(facts.st_mode):
             raise _not_regular(self.path)
         if facts.st_size > MAX_JOURNAL_BYTES:
@@ -206,7 +224,7 @@ class Journal:
                 where=str(self.path),
             )
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as err:
             raise ConflictError(
                 f"another server keeps its state in {self.path}",
@@ -216,8 +234,49 @@ class Journal:
 
     def read(self) -> tuple[State, int]:
         """Return what its events come to, and how many lines were passed over."""
+        return folded(_lines(self._descriptor))
+
+    def shorten(self, *, at: float) -> None:
+        """Put the fewest lines that come to the same in the place of a long journal; a crash leaves the one or the other.
+
+        What could not be read stays beside it. Where it cannot be done, the journal goes on as it is.
+        """
         size = os.fstat(self._descriptor).st_size
-        return folded(os.pread(self._descriptor, size, 0).splitlines()) if size else (State(), 0)
+        if size <= self._long_bytes:
+            return
+        state, n_passed_over = self.read()
+        lines = b"".join(event.model_dump_json().encode() + b"\n" for event in _fewest(state, at))
+        assert folded(lines.splitlines()) == (state, 0), "a shorter journal says the same"
+        self._long_bytes = max(LONG_JOURNAL_BYTES, 4 * len(lines))
+        if 2 * len(lines) > size:
+            return
+        try:
+            self._replace(lines, keep_old=n_passed_over > 0)
+        except OSError as err:
+            _LOG.warning("%s could not be made shorter: %s", self.path, err.strerror)
+
+    def _replace(self, lines: bytes, *, keep_old: bool) -> None:
+        stage = self.path.with_name(f".{self.path.name}.shorter")
+        descriptor = os.open(stage, _FLAGS | os.O_TRUNC, 0o644)
+        try:
+            # Locked before it has the name: nobody else may ever hold it.
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.write(descriptor, lines) != len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(descriptor)
+            if keep_old:
+                old = self.path.with_name(f"{self.path.name}.damaged")
+                old.unlink(missing_ok=True)
+                os.link(self.path, old)
+            stage.replace(self.path)
+        except OSError:
+            os.close(descriptor)
+            with suppress(OSError):
+                stage.unlink()
+            raise
+        self.close()
+        self._hold(descriptor)
+        _sync_folder(self.path.parent)
 
     def append(self, event: Event) -> None:
         """Write one event at the end and sync it, or write nothing.
@@ -228,6 +287,7 @@ class Journal:
         """
         if not self.close.alive:  # by now its descriptor may be another file's
             raise DrainingError("the server is shutting down", hint="ask another one, or this one once it is back")
+        self.shorten(at=event.at)
         before = os.fstat(self._descriptor).st_size
         # A crash may have cut the last line off; what follows it begins on a line of its own.
         torn = before > 0 and os.pread(self._descriptor, 1, before - 1) != b"\n"
@@ -255,6 +315,25 @@ def folded(lines: Iterable[bytes]) -> tuple[State, int]:
             continue
         state = fold(state, event)
     return state, n_passed_over
+
+
+def _lines(descriptor: int) -> Iterator[bytes]:
+    """Yield the lines of a file; one that is longer than any of ours is yielded in part."""
+    with os.fdopen(os.dup(descriptor), "rb") as stream:
+        stream.seek(0)
+        while line := stream.readline(_MAX_LINE_BYTES):
+            yield line.rstrip(b"\n")
+            while len(line) == _MAX_LINE_BYTES and not line.endswith(b"\n"):
+                line = stream.readline(_MAX_LINE_BYTES)
+
+
+def _fewest(state: State, at: float) -> Iterator[Event]:
+    """Yield events that come to a state."""
+    for version in state.records.values():
+        yield Loaded(at=at, version=version, point=False)
+    for alias, history in state.histories.items():
+        for aim in history:
+            yield Pointed(at=at, alias=alias, target=aim.target, shadow=aim.shadow)
 
 
 def _pushed(history: tuple[Aim, ...], aim: Aim) -> tuple[Aim, ...]:

@@ -57,6 +57,7 @@ class Fleet:
         self._places = Places(engine, base, self._table)
         self._journal = Journal(state)
         self._recorded, self._n_passed_over = self._journal.read()
+        self._journal.shorten(at=time.time())
         self._restored = self._recorded == State()
         # Taken in this order: a name's lock while a version of it is brought in or taken out, then `_changing` while
         # a change of the table is checked, journalled and assigned. Requests take neither.
@@ -283,8 +284,8 @@ class Fleet:
         return self._table.n_swaps
 
     def ready(self) -> bool:
-        """Return whether what the state file says was restored, and new requests are taken."""
-        return self._restored and not self._table.draining
+        """Return whether what the state file says was restored, new requests are taken, and the engine answers."""
+        return self._restored and not self._table.draining and self.engine.can_answer()
 
     def drain(self, timeout: float) -> None:
         """Take nothing new, and wait at most `timeout` seconds for what is being answered."""

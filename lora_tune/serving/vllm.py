@@ -6,6 +6,7 @@ An adapter counts as loaded when every replica has it; an answer goes to the rep
 import asyncio
 import secrets
 import shutil
+import sys
 import tempfile
 import threading
 from collections import Counter
@@ -18,19 +19,11 @@ from typing import Any, TypeVar
 from lora_tune.adapter.door import AdapterFiles
 from lora_tune.adapter.live import check_fits
 from lora_tune.adapter.portability import lint_for
-from lora_tune.errors import (
-    BusyError,
-    ConflictError,
-    DrainingError,
-    LoraTuneError,
-    MissingInputError,
-    RequestError,
-    UnreachableError,
-    UnsupportedError,
-)
+from lora_tune.errors import ConflictError, DrainingError, LoraTuneError, UnreachableError, UnsupportedError
 from lora_tune.model.fingerprint import read_config, read_shapes
 from lora_tune.model.resolve import Progress
 from lora_tune.serving.engine import BASE, Answering, EngineFacts, Finish, ServedBase, Sink, Work
+from lora_tune.serving.limits import MAX_WAITING, EngineLimits
 from lora_tune.serving.vllm_child import ChildLimits, VllmChild, find_vllm
 from lora_tune.serving.vllm_folder import HeldAdapter, os_translated, write_adapter
 from lora_tune.serving.vllm_replica import (
@@ -44,7 +37,6 @@ from lora_tune.serving.vllm_replica import (
 
 _LOOK_SECONDS = 2.0
 """How often a replica that went away is looked for."""
-_MAX_WAITING = 256
 _Result = TypeVar("_Result")
 
 
@@ -122,22 +114,17 @@ class VllmEngine:
             self._stop_loop()
             raise
         self.max_context_tokens = min(base.max_context_tokens, *(r.max_context_tokens for r in self._replicas))
+        n_vocabulary = int((config.get("text_config") or config).get("vocab_size") or sys.maxsize)
+        self._bounds = EngineLimits(self.max_context_tokens, n_vocabulary, MAX_WAITING, limits.max_adapters)
 
     def submit(self, work: Work, sink: Sink) -> Answering:
         """See Engine.submit."""
-        if len(work.prompt) + 1 > self.max_context_tokens:
-            raise RequestError(
-                f"the prompt has {len(work.prompt)} tokens; prompt and answer have room for {self.max_context_tokens}",
-                hint="send a shorter prompt",
-            )
+        self._bounds.check_work(work)
         with self._lock:
             if self._closing:
                 raise DrainingError("the server is shutting down")
-            if work.adapter != BASE and work.adapter not in self._held:
-                raise MissingInputError(f"no adapter {work.adapter} is loaded")
-            room = self._limits.max_running * len(self._replicas) + _MAX_WAITING
-            if len(self._answers) >= room:
-                raise BusyError(f"{len(self._answers)} answers are being made or waited for", hint="try again later")
+            n_waiting = len(self._answers) - self._limits.max_running * len(self._replicas)
+            self._bounds.check_place(work, held=self._held, n_waiting=n_waiting)
             name = self._held[work.adapter].name if work.adapter != BASE else BASE
             answer = _Answer(self, work, sink, name)
             self._answers.add(answer)
@@ -196,6 +183,15 @@ class VllmEngine:
                 adapter_bytes=sum(held.weights_bytes for held in self._held.values()),
             )
 
+    def can_answer(self) -> bool:
+        """See Engine.can_answer: one replica that can be reached is enough."""
+        if self._child is not None:
+            try:
+                self._child.check_alive()
+            except UnreachableError:
+                return False
+        return not self._closing and self._thread.is_alive() and any(replica.is_up for replica in self._replicas)
+
     def close(self) -> None:
         """See Engine.close. Adapters are taken from given servers again; a server of our own is ended."""
         with self._lock:
@@ -237,7 +233,7 @@ class VllmEngine:
         work = answer.work
         body = request_body(
             answer.name or replica.base_model, work.prompt, work.sampling, ends=self._base.ends,
-            max_tokens=min(work.sampling.max_tokens, self.max_context_tokens - len(work.prompt)),
+            max_tokens=self._bounds.room_tokens(work),
         )  # fmt: skip
         replica.n_running += 1
         reason, n_reused = None, 0
@@ -307,13 +303,7 @@ class VllmEngine:
         with self._lock:
             if self._closing:
                 raise DrainingError("the server is shutting down")
-            if key in self._held or key in self._arriving:
-                raise ConflictError(f"{key} is loaded already")
-            if len(self._held) + len(self._arriving) >= self._limits.max_adapters:
-                raise BusyError(
-                    f"{self._limits.max_adapters} adapters are loaded; that is all there is room for",
-                    hint="unload one, or start with a larger --max-adapters",
-                )
+            self._bounds.check_arrival(key, held=self._held, arriving=self._arriving)
             self._arriving.add(key)
             self._n_named += 1
             name = f"{key}--{self._instance}-{self._n_named}"

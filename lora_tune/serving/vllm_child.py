@@ -162,7 +162,8 @@ class VllmChild:
         with suppress(OSError):
             lines = [_plain(line) for line in self._log.read_text("utf-8", "replace").splitlines()]
             lines = [line for line in lines if line]
-            named = [line for line in lines[:-_TAIL_LINES] if re.search(r"\b\w*(Error|Exception)\b: |error: ", line)]
+            told = [line for line in lines[:-_TAIL_LINES] if not re.search(r"\b(WARNING|INFO|DEBUG)\b", line)]
+            named = [line for line in told if re.search(r"\b\w*(Error|Exception)\b: |error: ", line)]
             return "\n".join([*named[:1], *lines[-_TAIL_LINES:]])
         return ""
 
@@ -214,6 +215,8 @@ def serve_command(
     ]  # fmt: skip
     if install.on_cpu:
         command.append("--enforce-eager")  # compiling needs a C++ compiler and minutes, and gains little there
+        # Of the machine's memory. By default vLLM asks for 0.92 of it to be free, which it seldom is.
+        command += ["--gpu-memory-utilization", "0.5"]
     if base.section.quantization == "nf4":
         command += ["--quantization", "bitsandbytes"]
     return [*command, *more]

@@ -22,6 +22,7 @@ from lora_tune.data.messages import Message
 from lora_tune.data.tokens import prompt_ids
 from lora_tune.model.generate import generate_answers, stop_ids
 from tests.engines import write_adapter
+from tests.live_api import until
 
 ASKED = "turn on the lights in the hall"
 N_TOKENS = 12
@@ -114,10 +115,13 @@ def alone(adapter_folder, base):
     return live.tokenizer.decode(answer, skip_special_tokens=True)
 
 
-def test_served_swapped_drained(serving, shelf, tiny_bases):
-    server = serving("tiny@1", "--registry", shelf, LORA_TUNE_API_KEY=KEY, LORA_TUNE_ADMIN_KEY=ADMIN)
+def test_served_swapped_followed_drained(serving, shelf, tiny_bases):
+    registry.promote("tiny@1", "prod", root=shelf)
+    asked = ("tiny@1", "--follow", "prod", "--registry", shelf)
+    server = serving(*asked, LORA_TUNE_API_KEY=KEY, LORA_TUNE_ADMIN_KEY=ADMIN)
     assert server.ready["engine"] == "native"
-    assert server.ready["adapters"] == [{"id": "tiny@1", "name": "tiny", "verdict": "equal", "aliases": ["tiny"]}]
+    (adapter,) = server.ready["adapters"]
+    assert adapter == {"id": "tiny@1", "name": "tiny", "verdict": "equal", "aliases": ["prod", "tiny"]}
     assert server.http.get("/health").status_code == 200
     assert server.http.get("/ready").status_code == 401
     assert server.admin("GET", "/ready").status_code == 200
@@ -140,6 +144,10 @@ def test_served_swapped_drained(serving, shelf, tiny_bases):
     assert server.say("tiny") == ("tiny@2", second)
     assert server.admin("POST", "/v1/aliases/tiny/rollback").status_code == 200
     assert server.say("tiny") == ("tiny@1", first)
+    # The registry's alias is followed.
+    assert server.say("prod") == ("tiny@1", first)
+    registry.promote("tiny@2", "prod", root=shelf)
+    assert until(lambda: server.say("prod", max_tokens=1)[0] == "tiny@2", 20)
     # What is being answered when the signal comes is answered to its end.
     stream = server.client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": ASKED}], stream=True, max_tokens=200, extra_body={"ignore_eos": True},
@@ -185,7 +193,8 @@ def test_what_was_promoted_outlives_a_kill(serving, shelf, trained, tiny_bases):
     assert once_more.admin("GET", "/v1/adapters").status_code == 403
 
 
-def test_an_alias_of_the_registry_is_followed(serving, shelf, tmp_path):
+@pytest.mark.slow
+def test_a_server_of_one_alias_follows_it(serving, shelf, tmp_path):
     registry.promote("tiny@1", "prod", root=shelf)
     server = serving("--follow", "prod", "--registry", shelf, "--state", tmp_path / "state.jsonl")
     assert server.ready["model"] == "prod"

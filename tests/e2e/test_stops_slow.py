@@ -61,3 +61,21 @@ def test_a_signal_at_any_moment_leaves_a_run_that_goes_on_to_the_bit(children, s
         assert logged(folder / "run") == logged(recipe.parent / "run")
     assert len(stopped) >= N_SIGNALS
     print(f"{N_SIGNALS} of {N_SIGNALS} runs equal, stopped {len(stopped)} times")
+
+
+def test_a_second_ctrl_c_ends_it_now_and_the_checkpoint_before_it_stands(children, straight, tmp_path):
+    (recipe, seconds), rng, codes = straight, random.Random(2), []
+    for number in range(12):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        pid = children.begin(argv(recipe, folder), folder)
+        children.until_it_listens(pid)
+        time.sleep(rng.random() * seconds / 2)
+        children.signal(pid, signal.SIGINT)
+        time.sleep(0.001)
+        children.signal(pid, signal.SIGINT)
+        codes.append(children.end())
+        assert children.run(argv(recipe, folder, "--resume"), folder) == 0, (folder / "log").read_text()
+        assert logged(folder / "run") == logged(recipe.parent / "run")
+    assert set(codes) <= {75, 130}, codes
+    assert 130 in codes

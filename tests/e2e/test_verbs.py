@@ -29,9 +29,11 @@ def test_train_exports_registers_and_reports(trained):
     names = {path.name for path in (trained / "run").iterdir()}
     assert names == {
         "adapter",
+        "checkpoints",
         "metrics.jsonl",
         "recipe.resolved.yaml",
         "recipe.yaml",
+        "report.html",
         "report.json",
         "run.json",
         "run.lock",
@@ -312,13 +314,32 @@ def test_preview_marks_the_trained_tokens(trained, capsys):
 
 
 def test_what_must_answer_at_once_imports_no_torch(trained):
-    for arguments in (["--help"], ["check", str(trained / "recipe.yaml")], ["recipes", "ls"], ["schema"],
-                      ["adapters", "list", "--registry", str(trained / "adapters")]):  # fmt: skip
-        code = f"import sys; from lora_tune.cli.app import run; run({arguments!r}); sys.exit(bool({{'torch', 'transformers', 'peft'}} & set(sys.modules)))"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, (arguments, done.stderr)
+    verbs = [["--help"], ["check", str(trained / "recipe.yaml")], ["recipes", "ls"], ["schema"],
+             ["adapters", "list", "--registry", str(trained / "adapters")]]  # fmt: skip
+    code = (
+        f"import sys\nfrom lora_tune.cli.app import run\nfor arguments in {verbs!r}:\n    assert run(arguments) == 0\n"
+        "    assert not {'torch', 'transformers', 'peft'} & set(sys.modules), arguments"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
+def test_what_is_no_terminal_gets_no_escape_bytes(trained, tmp_path, capfd):
+    words = [
+        "train",
+        str(trained / "recipe.yaml"),
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--registry",
+        str(tmp_path / "r"),
+    ]
+    assert run([*words, "--set", "train.max_steps=2"]) == 0
+    said = capfd.readouterr()
+    assert "\x1b" not in said.out + said.err
+    assert "Warning" not in said.err
+
+
+@pytest.mark.slow
 def test_a_pipe_gets_no_escape_bytes(trained, tmp_path):
     command = [sys.executable, "-m", "lora_tune.cli.app", "train", str(trained / "recipe.yaml"),
                "--run-dir", str(tmp_path / "run"), "--registry", str(tmp_path / "r")]  # fmt: skip

@@ -185,6 +185,44 @@ def test_bodies_are_json_and_bounded(server):
             assert post(content, **json_type) == 400, content[:20]
 
 
+HEAD = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    b"Content-Length: 60000\r\n"
+)
+
+
+def test_without_a_key_no_body_is_read(server, monkeypatch):
+    monkeypatch.setattr(guard, "BODY_SECONDS", 60.0)
+    address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+    for key, found in ((b"", b" 401 "), (b"Authorization: Bearer wrong\r\n", b" 401 ")):
+        for head in (HEAD, HEAD.replace(b"Content-Length: 60000", b"Transfer-Encoding: chunked")):
+            with socket.create_connection(address, timeout=5) as connection:
+                connection.sendall(head + key + b"\r\n")
+                assert found in connection.recv(4096)
+    # With its key a body is waited for.
+    with socket.create_connection(address, timeout=0.3) as connection:
+        connection.sendall(HEAD + b"Authorization: Bearer another\r\n\r\n")
+        with pytest.raises(TimeoutError):
+            connection.recv(4096)
+
+
+def test_a_body_that_goes_on_after_its_refusal_is_cut_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(api, "HEADER_SECONDS", 0.5)
+    with live(tmp_path, SETTINGS) as server:
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        with socket.create_connection(address, timeout=10) as connection:
+            connection.sendall(HEAD + b"\r\n")
+            assert b" 401 " in connection.recv(4096)
+            with pytest.raises(OSError):
+                for _ in range(200):
+                    connection.sendall(b" ")
+                    time.sleep(0.02)
+        # A body that comes to its end in time costs the connection nothing.
+        with server.http(None) as client:
+            for _ in range(3):
+                assert client.post("/v1/chat/completions", json=CHAT).status_code == 401
+
+
 def test_half_a_request_is_closed_and_keeps_nobody_waiting(tmp_path, monkeypatch):
     monkeypatch.setattr(api, "HEADER_SECONDS", 1.0)
     monkeypatch.setattr(guard, "BODY_SECONDS", 1.0)

@@ -24,6 +24,13 @@ CASES = [
     *[(architecture, "lora", quantization) for architecture in ARCHITECTURES for quantization in ("nf4", "int8")],
     ("llama", "dora", "nf4"),
 ]
+AT_ONCE = {
+    *[(architecture, "lora", "none") for architecture in ARCHITECTURES],
+    ("gpt2", "rslora", "none"), ("qwen3", "rslora", "none"), ("gpt2", "dora", "none"), ("phi3", "dora", "none"),
+    ("gpt2", "lora", "nf4"), ("gemma", "lora", "nf4"), ("phi3", "lora", "nf4"), ("llama", "dora", "nf4"),
+    ("mistral", "lora", "int8"), ("gpt2", "lora", "int8"),
+}  # fmt: skip
+"""Every architecture, every variant and every quantization, each of these on plain layers and on GPT-2's; the rest is slow."""
 IN_BF16 = [("llama", "none"), ("llama", "nf4"), ("gpt2", "none"), ("gpt2", "nf4"), ("gemma", "int8")]
 
 
@@ -44,7 +51,11 @@ def _train(folder, base, /, **sections):
     return folder / "run" / "adapter", report
 
 
-@pytest.mark.parametrize(("architecture", "variant", "quantization"), CASES, ids=["-".join(case) for case in CASES])
+def _marked(case):
+    return pytest.param(*case, id="-".join(case), marks=[] if case in AT_ONCE else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("architecture", "variant", "quantization"), map(_marked, CASES))
 def test_trained_exported_loaded_back_and_merged(tmp_path, tiny_bases, architecture, variant, quantization):
     base = tiny_bases(architecture)
     folder, report = _train(
@@ -193,6 +204,7 @@ def test_a_passport_names_no_folder_of_this_machine(trained, tiny_bases):
     assert config["target_modules"] == sorted(config["target_modules"])
 
 
+@pytest.mark.slow
 def test_a_quantized_adapter_is_merged_onto_what_it_was_trained_on_or_the_original(tmp_path, tiny_bases):
     folder, _ = _train(tmp_path / "a", tiny_bases(), base={"quantization": "nf4"}, train={"max_steps": 8})
     trained = merge_adapter(open_adapter(folder), tmp_path / "t", _ignore, onto="trained")

@@ -113,6 +113,21 @@ def test_a_run_without_gradients_is_told_once(tmp_path, monkeypatch):
     assert told.warnings == ["all gradients were exactly 0 in 3 steps up to step 3: nothing is learned"]
 
 
+def test_a_step_without_a_trained_token_is_told_with_its_rows(tmp_path, monkeypatch):
+    step_of, told = Trainer.training_step, Told()
+
+    def untrained(self, model, inputs, num_items_in_batch=None):
+        if self.state.global_step + 1 == 2:
+            inputs = {**inputs, "labels": torch.full_like(inputs["labels"], -100)}
+            num_items_in_batch = torch.tensor(0)
+        return step_of(self, model, inputs, num_items_in_batch)
+
+    monkeypatch.setattr(Trainer, "training_step", untrained)
+    sit(Recipe(), tmp_path, stop=told.stop)
+    assert len(told.warnings) == 1
+    assert "no token of step 2 is trained: it teaches nothing; its rows: " in told.warnings[0]
+
+
 def test_a_sound_run_is_told_nothing(tmp_path):
     told = Told()
     sit(Recipe(), tmp_path, stop=told.stop)

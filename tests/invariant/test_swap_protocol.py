@@ -26,9 +26,12 @@ from tests.swap_writer import DEEDS, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 N_PLACES = 3
+TORN = b'{"event":"pointed","alias":"pr'
 IDS = ["home@1", "home@2", "home@3", "other@1", "other@2", "more@1"]
 ALIASES = ["prod", "beta"]
 NAMES = ["home", "other", "more", *ALIASES]
+FIRST_DEEDS = ["load a version", "shadow an alias", "unload"]
+"""Those that come, point and go; the others are journalled as these are."""
 ids, aliases, numbers = st.sampled_from(IDS), st.sampled_from(ALIASES), st.integers(0, 59)
 
 
@@ -231,14 +234,15 @@ class Machine(RuleBasedStateMachine):
         self.crash()
         if torn:
             with self.state.open("ab") as stream:
-                stream.write(b'{"event":"pointed","alias":"pr')
+                stream.write(TORN)
             # What was cut off is said, once; all else is as it was.
             self.engine = ScriptedEngine(max_adapters=N_PLACES)
             self.fleet = Fleet(self.engine, self.base, registry=self.root, state=self.state)
             assert all("damaged" in word for word in self.fleet.restore())
             whole = self.state.read_bytes().splitlines(keepends=True)
             self.crash()
-            self.state.write_bytes(b"".join(whole[:-1]))
+            # Where the journal was made short it is gone already.
+            self.state.write_bytes(b"".join(line for line in whole if not line.startswith(TORN)))
         self.open()
 
     @invariant()
@@ -263,13 +267,16 @@ def answered(engine, key, n_tokens, prompt=(9, 8)):
     return tokens
 
 
-def test_the_fleet_is_what_plain_lists_say_it_is(stock):
+@pytest.mark.parametrize("n_examples", [25, pytest.param(200, marks=pytest.mark.slow)])
+def test_the_fleet_is_what_plain_lists_say_it_is(stock, n_examples, monkeypatch):
     from hypothesis.stateful import run_state_machine_as_test
+
+    monkeypatch.setattr(journal, "LONG_JOURNAL_BYTES", 2048)  # so that journals are made short amid the deeds
 
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=80, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=n_examples, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
 
@@ -297,15 +304,16 @@ def restarted(base, root, state):
         return meaning(fleet)
 
 
-def test_a_server_killed_at_any_step_on_disk_serves_the_old_or_the_new(stock, tmp_path):
+@pytest.mark.parametrize("deeds", [FIRST_DEEDS, pytest.param([*DEEDS], marks=pytest.mark.slow)], ids=["some", "all"])
+def test_a_server_killed_at_any_step_on_disk_serves_the_old_or_the_new(stock, tmp_path, deeds):
     base, root, _ = stock
     template = tmp_path / "template.jsonl"
     with opened(base, root, template) as fleet:
         prepare(fleet)
         before = meaning(fleet)
     after = {}
-    for deed, act in DEEDS.items():
-        state = tmp_path / f"{deed}.jsonl"
+    for deed in deeds:
+        act, state = DEEDS[deed], tmp_path / f"{deed}.jsonl"
         shutil.copyfile(template, state)
         with opened(base, root, state) as fleet:
             act(fleet)
@@ -313,8 +321,8 @@ def test_a_server_killed_at_any_step_on_disk_serves_the_old_or_the_new(stock, tm
         assert after[deed] != before
         assert restarted(base, root, state) == after[deed]
     (tmp_path / "work").mkdir()
-    killed = run("step", base.files.folder, root, template, tmp_path / "work")
-    assert set(killed) == set(DEEDS)
+    killed = run("step", base.files.folder, root, template, tmp_path / "work", *deeds)
+    assert set(killed) == set(deeds)
     for deed, states in killed.items():
         ends = [restarted(base, root, Path(state)) for state in states]
         assert len(ends) >= 5
@@ -324,10 +332,29 @@ def test_a_server_killed_at_any_step_on_disk_serves_the_old_or_the_new(stock, tm
         assert ends[-1] == after[deed]
 
 
-def test_a_server_killed_at_any_moment_of_many_swaps_serves_the_last_that_it_said_or_the_next(stock, tmp_path):
+def test_a_server_killed_while_it_shortens_its_journal_finds_the_long_one_or_the_short_one(stock, tmp_path):
     base, root, _ = stock
-    killed = run("any", base.files.folder, root, tmp_path, 50)
-    assert len(killed) == 50
+    template = tmp_path / "template.jsonl"
+    with opened(base, root, template) as fleet:
+        prepare(fleet)
+        for n in range(80):
+            fleet.point("prod", target=f"home@{n % 2 + 1}")
+        before = meaning(fleet)
+    (tmp_path / "work").mkdir()
+    killed = [Path(state) for state in run("shorten", base.files.folder, root, template, tmp_path / "work")]
+    assert len(killed) >= 8
+    long, sizes = template.stat().st_size, [state.stat().st_size for state in killed]
+    assert sizes[0] == long
+    assert sizes[-1] < long / 2
+    assert all(size == long or size < long / 2 for size in sizes)
+    assert all(restarted(base, root, state) == before for state in killed)
+
+
+@pytest.mark.parametrize("n_kills", [12, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_server_killed_at_any_moment_of_many_swaps_serves_the_last_that_it_said_or_the_next(stock, tmp_path, n_kills):
+    base, root, _ = stock
+    killed = run("any", base.files.folder, root, tmp_path, n_kills)
+    assert len(killed) == n_kills
     said = [count for _, count in killed]
     assert max(said) > 3
     for state, count in killed:

@@ -189,9 +189,9 @@ def fuzz(tmp_path, examples):
     return let_in
 
 
-def test_of_1000_fuzzed_adapters_none_is_let_in_wrongly_and_none_is_an_uncaught_exception(tmp_path):
-    let_in = fuzz(tmp_path, 1000)
-    assert all(0 < count < 500 for count in let_in.values()), (
+def test_of_400_fuzzed_adapters_none_is_let_in_wrongly_and_none_is_an_uncaught_exception(tmp_path):
+    let_in = fuzz(tmp_path, 400)
+    assert all(0 < count < 200 for count in let_in.values()), (
         let_in
     )  # harmless changes are let in, so both sides are seen
 

@@ -22,6 +22,10 @@ def _race(folders, barrier, wins, opens):
             run = opens(folder)
         except CannotCreateError:
             won = 0
+        except Exception as err:  # the other one is not to wait for ever
+            barrier.abort()
+            wins.put((str(folder), repr(err)))
+            raise
         else:
             won = 1
         barrier.wait()  # the winner holds it until both have tried
@@ -38,12 +42,15 @@ def test_of_two_processes_that_race_for_a_folder_exactly_one_starts(tmp_path, op
         for folder in folders:
             folder.mkdir()
             (folder / "run.json").write_text("{}")
-    barrier, wins = context.Barrier(2), context.SimpleQueue()
+    barrier, wins = context.Barrier(2, timeout=30), context.SimpleQueue()
     act = open_run_dir if opens == "open" else lambda folder: create_run_dir("a", path=folder)
     racers = [context.Process(target=_race, args=(folders, barrier, wins, act)) for _ in range(2)]
     for racer in racers:
         racer.start()
-    found = [wins.get() for _ in range(2 * N_RACES)]
+    found = []
+    while len(found) < 2 * N_RACES:
+        found.append(wins.get())
+        assert found[-1][1] in {0, 1}, found[-1]
     for racer in racers:
         racer.join()
     for folder in folders:

@@ -2,15 +2,18 @@
 
 import importlib.util
 import shutil
+import threading
 from pathlib import Path
 
+import httpx
 import pytest
 
 from lora_tune.adapter import registry
 from lora_tune.cli import serve_verbs
 from lora_tune.cli.app import run
-from lora_tune.cli.serve_verbs import ServeWish, find_wanted, load_wanted
+from lora_tune.cli.serve_verbs import ServeWish, find_wanted, load_wanted, open_server
 from lora_tune.errors import MissingInputError, UsageError
+from lora_tune.serving import api
 from tests.fleets import adapter, bare_base, fill_registry, opened
 
 
@@ -188,6 +191,37 @@ def test_a_split_stays_and_an_alias_is_made_once(stock, shelf, tmp_path):
         assert len(start.words) == 1
         assert "prod still means home@1 and home@2" in start.words[0]
         assert start.means("home") == "home@3"
+
+
+def test_while_it_loads_it_is_alive_but_not_ready_and_then_takes_over(shelf, tiny_bases, monkeypatch):
+    taken, told, listen = [], {}, api.listen
+    monkeypatch.setattr(api, "listen", lambda *where: taken.append(listen(*where)) or taken[0])
+
+    def ask(path):
+        return httpx.get(f"http://127.0.0.1:{taken[0].getsockname()[1]}{path}")
+
+    def progress(*_):
+        told.update({path: ask(path) for path in ("/health", "/ready", "/v1/models")})
+
+    server = open_server(wish(shelf, str(tiny_bases()), engine="simple"), progress)
+    assert {path: answer.status_code for path, answer in told.items()} == {
+        "/health": 200,
+        "/ready": 503,
+        "/v1/models": 503,
+    }
+    assert told["/v1/models"].json()["error"]["code"] == "loading"
+    assert told["/ready"].headers["retry-after"] == "5"
+    assert not [thread for thread in threading.enumerate() if thread.name == "loading"]
+    # Who connects between the two waits, and is answered by the server.
+    found = []
+    early = threading.Thread(target=lambda: found.append(ask("/ready").status_code))
+    early.start()
+    running = api.make_server(server._app, drain_seconds=1.0)
+    threading.Timer(0.3, running.drain).start()
+    running.run(sockets=[server._listening])
+    early.join(10)
+    server.close()
+    assert found == [200]
 
 
 def test_a_damaged_note_of_the_last_start_is_no_obstacle(stock, shelf, tmp_path):

@@ -225,3 +225,121 @@ def test_a_journal_that_is_too_long_is_not_read(tmp_path):
         stream.truncate(module.MAX_JOURNAL_BYTES + 1)
     with pytest.raises(RefusedError, match="at most"):
         Journal(tmp_path / "s.jsonl")
+
+
+def grown(path, n_swaps):
+    """Return the state of a journal in which an alias went to and fro."""
+    held = Journal(path)
+    several = [Loaded(at=1.0, version=record(id), point=True) for id in IDS]
+    several += [pointed("prod", IDS[n % 3], shadow=IDS[3] if n % 2 else None) for n in range(n_swaps)]
+    for event in several:
+        held.append(event)
+    held.close()
+    return after(*several)
+
+
+def test_a_long_journal_becomes_short_and_says_the_same(tmp_path, monkeypatch):
+    path = tmp_path / "s.jsonl"
+    state = grown(path, 200)
+    monkeypatch.setattr(module, "LONG_JOURNAL_BYTES", 4096)
+    long = path.stat().st_size
+    held = Journal(path)
+    held.shorten(at=2.0)
+    assert held.read() == (state, 0)
+    assert path.stat().st_size < long / 4
+    assert sorted(tmp_path.iterdir()) == [path]
+    held.append(pointed("beta", "home@1"))
+    with pytest.raises(ConflictError, match="another server"):
+        Journal(path)
+    held.close()
+    again = Journal(path)
+    assert again.read() == (fold(state, pointed("beta", "home@1")), 0)
+    again.close()
+
+
+@given(st.lists(events, max_size=40))
+def test_the_fewest_lines_come_to_the_same(several):
+    state = after(*several)
+    assert after(*module._fewest(state, 1.5)) == state
+    assert list(after(*module._fewest(state, 1.5)).records) == list(state.records), "versions keep their order"
+
+
+def test_a_journal_stays_short_however_long_a_server_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "LONG_JOURNAL_BYTES", 4096)
+    state = grown(tmp_path / "s.jsonl", 2000)
+    held = Journal(tmp_path / "s.jsonl")
+    assert held.read() == (state, 0)
+    assert (tmp_path / "s.jsonl").stat().st_size < 32 * 1024
+    held.close()
+
+
+def test_a_short_journal_is_left_as_it_is(tmp_path):
+    grown(tmp_path / "s.jsonl", 200)
+    before = (tmp_path / "s.jsonl").read_bytes()
+    held = Journal(tmp_path / "s.jsonl")
+    held.shorten(at=2.0)
+    held.close()
+    assert (tmp_path / "s.jsonl").read_bytes() == before
+
+
+def test_what_could_not_be_read_is_kept_beside_a_journal_that_is_made_short(tmp_path, monkeypatch):
+    path = tmp_path / "s.jsonl"
+    state = grown(path, 200)
+    path.write_bytes(path.read_bytes() + b'{"event":"of a later kind"}\n')
+    before = path.read_bytes()
+    monkeypatch.setattr(module, "LONG_JOURNAL_BYTES", 4096)
+    held = Journal(path)
+    held.shorten(at=2.0)
+    assert held.read() == (state, 0)
+    assert (tmp_path / "s.jsonl.damaged").read_bytes() == before
+    held.close()
+
+
+@pytest.mark.parametrize("broken", ["write", "fsync", "open"])
+def test_a_journal_that_cannot_be_made_short_goes_on_as_it_is(tmp_path, monkeypatch, broken):
+    path = tmp_path / "s.jsonl"
+    state = grown(path, 200)
+    monkeypatch.setattr(module, "LONG_JOURNAL_BYTES", 4096)
+    held = Journal(path)
+    before = path.read_bytes()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.os, broken, full)
+    held.shorten(at=2.0)
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    held.append(pointed("beta", "home@1"))
+    assert held.read() == (fold(state, pointed("beta", "home@1")), 0)
+    assert sorted(tmp_path.iterdir()) == [path]
+    held.close()
+
+
+def test_a_server_that_opened_the_long_journal_holds_the_short_one_or_none(tmp_path, monkeypatch):
+    """It has opened the file when the other one puts a shorter one in its place and ends."""
+    path = tmp_path / "s.jsonl"
+    state = grown(path, 200)
+    monkeypatch.setattr(module, "LONG_JOURNAL_BYTES", 4096)
+    other, checked = Journal(path), Journal._check_ours
+
+    def meanwhile(self, descriptor):
+        monkeypatch.setattr(Journal, "_check_ours", checked)
+        other.shorten(at=2.0)
+        other.close()
+        checked(self, descriptor)
+
+    monkeypatch.setattr(Journal, "_check_ours", meanwhile)
+    held = Journal(path)
+    assert os.fstat(held._descriptor).st_ino == path.stat().st_ino
+    assert held.read() == (state, 0)
+    held.close()
+
+
+def test_a_line_longer_than_any_of_ours_is_passed_over_as_one(tmp_path):
+    path = tmp_path / "s.jsonl"
+    first, second = lines([pointed("prod", "home@1"), pointed("prod", "home@2")])
+    path.write_bytes(first + b"\n" + b"x" * 300_000 + b"\n" + second + b"\n")
+    held = Journal(path)
+    assert held.read() == (after(pointed("prod", "home@1"), pointed("prod", "home@2")), 1)
+    held.close()
