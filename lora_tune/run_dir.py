@@ -226,7 +226,11 @@ def _lock(folder: Path) -> RunDir:
         )
     for path in folder.iterdir():
         if path.name.startswith(_LEFT_BEHIND):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            # Whoever lost the race for this folder clears its own probe away at the same time.
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
     return RunDir(folder.resolve(), descriptor)
 
 

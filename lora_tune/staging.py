@@ -20,7 +20,9 @@ def staged_folder(final: Path) -> Iterator[Path]:
         CannotWriteError: the disk is full or failing (exit 74).
     """
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
+        if not final.parent.is_dir():
+            final.parent.mkdir(parents=True, exist_ok=True)
+            _sync_folder(final.parent.parent)
         stage = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
     except OSError as err:
         raise translated(err, final) from err
@@ -54,6 +56,7 @@ def write_file(path: Path, text: str) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         stage.replace(path)
+        _sync_folder(path.parent)
     except OSError as err:
         with suppress(OSError):
             stage.unlink(missing_ok=True)

@@ -27,15 +27,17 @@ class Numbers(TrainerCallback):
 
     Args:
         rows_of_step: step, from 0 → where its rows stand (`file:line`), a list for each row or pack.
-        notify: told of spikes and of runs that learn nothing.
     """
 
-    def __init__(self, rows_of_step: Callable[[int], Sequence[Sequence[str]]], notify: Notify) -> None:
+    def __init__(self, rows_of_step: Callable[[int], Sequence[Sequence[str]]]) -> None:
+        self.notify: Notify = lambda event: None
+        """Told of spikes and of runs that learn nothing."""
         self._rows_of_step = rows_of_step
-        self._notify = notify
         self._recent: deque[float] = deque(maxlen=SPIKE_WINDOW)
         self._without_gradient = 0
         self._warned: set[str] = set()
+        self.step_trained = 0
+        """Trained tokens of this step so far."""
 
     def check_loss(self, loss: torch.Tensor, step: int, first: int, n_sequences: int) -> None:
         """Refuse to go on from a micro-batch's loss that is not finite.
@@ -55,6 +57,10 @@ class Numbers(TrainerCallback):
     def _rows(self, step: int, first: int = 0, n_sequences: int | None = None) -> list[str]:
         last = None if n_sequences is None else first + n_sequences
         return [place for group in self._rows_of_step(step)[first:last] for place in group]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Begin to count the step's trained tokens."""
+        self.step_trained = 0
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at every gradient before it moves a weight."""
@@ -83,6 +89,9 @@ class Numbers(TrainerCallback):
                 f"the loss of step {step} is {loss:.3f}, of the {SPIKE_WINDOW} before it {usual:.3f}; its rows: {rows}",
             )
         self._recent.append(loss)
+        if not self.step_trained:
+            rows = ", ".join(self._rows(step - 1)[:NAMED_ROWS])
+            self._warn("tokens", f"no token of step {step} is trained: it teaches nothing; its rows: {rows}")
         self._without_gradient = self._without_gradient + 1 if logs.get("grad_norm") == 0.0 else 0
         if self._without_gradient == DEAD_STEPS:
             self._warn(
@@ -108,7 +117,7 @@ class Numbers(TrainerCallback):
 
     def _warn(self, once: str, message: str) -> None:
         if once not in self._warned:
-            self._notify({"event": "warning", "message": message})
+            self.notify({"event": "warning", "message": message})
         if once:
             self._warned.add(once)
 

@@ -118,7 +118,7 @@ class Trainer(SFTTrainer):
     places: Sequence[Any] = ()
     """The training rows with where each stands, as `feed` counts them."""
     keeper: Keeper | None = None
-    numbers: Numbers | None = None
+    numbers: Numbers
     held_out_order: Sequence[int] = ()
     """Held-out rows, longest first: the least padding, and the most memory at once."""
     head = "trl"
@@ -164,7 +164,7 @@ class Trainer(SFTTrainer):
             logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
         )
         count = (targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
-        return summed / count
+        return summed / max(count, 1)  # a step without a trained token teaches nothing, and is told
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Return and log the held-out loss: the mean over trained tokens, as evaluation/evaluate.py measures it."""
@@ -187,11 +187,12 @@ class Trainer(SFTTrainer):
         """Run one micro-batch, count its tokens, and refuse to go on from a loss that is not a number."""
         self.n_tokens += int(inputs[N_TOKENS] if N_TOKENS in inputs else inputs["attention_mask"].sum())
         self.n_padded += int(inputs["input_ids"].numel())
-        self.n_trained += int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
+        n_trained = int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
+        self.n_trained += n_trained
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.numbers:
-            first = self._micro_batch * self.args.per_device_train_batch_size
-            self.numbers.check_loss(loss, self.state.global_step, first, self.args.per_device_train_batch_size)
+        first = self._micro_batch * self.args.per_device_train_batch_size
+        self.numbers.check_loss(loss, self.state.global_step, first, self.args.per_device_train_batch_size)
+        self.numbers.step_trained += n_trained
         self._micro_batch = (self._micro_batch + 1) % self.current_gradient_accumulation_steps
         return loss
 
@@ -280,6 +281,8 @@ def make_trainer(  # noqa: PLR0913
         trainer.held_out_order = np.argsort(-held_out.n_tokens_by_row, kind="stable").tolist()
     trainer.places = splits.train.rows
     trainer.head = loss_head(device, model.get_base_model())
+    trainer.numbers = Numbers(trainer.rows_of_step)
+    trainer.add_callback(trainer.numbers)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -308,8 +311,7 @@ def fit(  # noqa: PLR0913
         callbacks=[log, best], max_seq_tokens=max_seq_tokens, neftune_alpha=neftune_alpha,
     )  # fmt: skip
     log.counts = trainer
-    trainer.numbers = Numbers(trainer.rows_of_step, log.tell)
-    trainer.add_callback(trainer.numbers)
+    trainer.numbers.notify = log.tell
     if course is not None:
         trainer.keeper = Keeper(course, section, log=log, best=best, numbers=trainer.numbers)
         trainer.add_callback(trainer.keeper)
