@@ -1,5 +1,6 @@
 """A run's folder: its name, creation, lock and files. Nothing in it is ever overwritten by another run."""
 
+import errno
 import fcntl
 import itertools
 import json
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_tune.errors import CannotCreateError, CannotWriteError, MissingInputError
+from lora_tune.errors import CannotCreateError, CannotWriteError, LoraTuneError, MissingInputError
 from lora_tune.staging import write_file
 
 FACTS = "run.json"
@@ -23,7 +24,7 @@ REPORT = "report.json"
 """There once the run is done."""
 LOCK = "run.lock"
 _TIME = re.compile(r"(\d{8}-\d{6})(?:-(\d{1,6}))?")
-_LEFT_BEHIND = (".probe-", ".recipe.", ".run.json-", ".report.json-", ".adapter-", ".metrics.")
+_LEFT_BEHIND = (".probe-", ".recipe.", ".run.json-", ".report.json-", ".report.html-", ".adapter-", ".metrics.")
 """How the names begin of what a killed run had not finished writing."""
 
 
@@ -247,8 +248,9 @@ def _locked(descriptor: int) -> bool:
     return False
 
 
-def _not_created(folder: Path, err: OSError) -> CannotCreateError:
-    return CannotCreateError(
+def _not_created(folder: Path, err: OSError) -> LoraTuneError:
+    kind = CannotWriteError if err.errno in {errno.ENOSPC, errno.EDQUOT, errno.EIO} else CannotCreateError
+    return kind(
         f"cannot create the run folder {folder}: {err.strerror or err}", hint="give a writable place with --run-dir"
     )
 

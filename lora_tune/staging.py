@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -38,6 +39,10 @@ def staged_folder(final: Path) -> Iterator[Path]:
             _sync_folder(final.parent)
         except OSError as err:
             raise translated(err, final) from err
+        except Exception as err:
+            if (found := _os_error(err)) is not None:
+                raise translated(found, final) from err
+            raise
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
@@ -61,6 +66,12 @@ def write_file(path: Path, text: str) -> None:
         with suppress(OSError):
             stage.unlink(missing_ok=True)
         raise translated(err, path) from err
+
+
+def _os_error(err: Exception) -> OSError | None:
+    """Return the operating system's error that a library in Rust, safetensors say, tells only in its words."""
+    match = re.search(r"\(os error (\d+)\)", str(err))
+    return OSError(int(match[1]), os.strerror(int(match[1]))) if match else None
 
 
 def _sync(folder: Path) -> None:

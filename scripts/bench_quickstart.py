@@ -34,6 +34,8 @@ def measure(recipe: str, folder: Path) -> dict[str, object]:
         "recipe": recipe,
         "seconds": round(seconds, 1),
         "training_seconds": round(report["training"]["seconds"], 1),
+        "checkpoint_seconds": report["training"]["checkpoint_seconds"],
+        "checkpoint_share": round(report["training"]["checkpoint_seconds"] / report["training"]["seconds"], 4),
         "tokens_per_second": round(report["training"]["tokens_per_second"], 1),
         "peak_memory_gib": round(report["training"]["peak_memory_gib"], 2),
         "exact_match_base": report["evaluation"]["base"]["exact_match"],

@@ -107,6 +107,7 @@ def _serve():
     import lora_tune.evaluation.evaluate
     import lora_tune.training.run  # noqa: F401
 
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # even where the tests run under nohup
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     answers.write("ready\n")
     for line in sys.stdin:

@@ -1,5 +1,6 @@
 """The command line: each command reads, calls and renders; heavy imports stand inside, so that --help answers at once."""
 
+import errno
 import signal
 import sys
 import traceback
@@ -15,7 +16,7 @@ from lora_tune.cli import render, train_view
 from lora_tune.cli.adapters_app import adapters_app
 from lora_tune.cli.options import Adapter, Base, Debug, EngineName, Json, Quantization, Recipe, Registry, Sets
 from lora_tune.cli.runs_app import runs_app
-from lora_tune.errors import LoraTuneError, TrainingError, UsageError
+from lora_tune.errors import CannotWriteError, LoraTuneError, TrainingError, UsageError
 
 INTERRUPTED = 130
 _EXAMPLE = """Example: lora-tune recipes cp quickstart my.yaml && lora-tune train my.yaml && lora-tune chat home-assistant
@@ -294,11 +295,15 @@ def _interrupted(*, as_json: bool) -> int:
 
 
 def _translate(err: Exception) -> LoraTuneError:
-    """Typer's own complaints are usage errors; anything else is our bug, and says so."""
+    """Typer's own complaints are usage errors, a full disk is one anywhere; anything else is our bug, and says so."""
     if hasattr(err, "format_message") and hasattr(err, "exit_code"):
         context = getattr(err, "ctx", None)
         where = context.command_path if context is not None else "lora-tune"
         return UsageError(str(err.format_message()), hint=f"`{where} --help` shows what it takes")
+    if isinstance(err, OSError) and err.errno in {errno.ENOSPC, errno.EDQUOT, errno.EIO}:
+        return CannotWriteError(
+            f"{err.strerror}: {err.filename or 'a temporary file'}", hint="free some space there, then run it again"
+        )
     return LoraTuneError(
         f"{type(err).__name__}: {err}",
         hint="this is a bug of lora_tune: please report it, with the output of the same command and --debug",

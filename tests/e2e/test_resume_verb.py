@@ -61,8 +61,25 @@ def same_result(recipe, folder):
     assert [listed.version.spec for listed in registry.listing(folder / "adapters")] == ["tiny@1"]
 
 
+@pytest.fixture
+def hangup():
+    """Return a function that sets what happens at SIGHUP; afterwards it is as before (nohup has it ignored)."""
+    before = signal.getsignal(signal.SIGHUP)
+    yield lambda handler: signal.signal(signal.SIGHUP, handler)
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing(straight, tmp_path, hangup):
+    hangup(signal.SIG_IGN)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    thread = signal_when(lambda: metrics.exists() and '"step": 2,' in metrics.read_text(), signal.SIGHUP)
+    assert train(straight, tmp_path / "run", tmp_path / "adapters") == 0
+    thread.join()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_stops_after_the_step_and_names_the_command_that_goes_on(straight, tmp_path, capsys, number):
+def test_a_signal_stops_after_the_step_and_names_the_command_that_goes_on(straight, tmp_path, capsys, hangup, number):
+    hangup(signal.SIG_DFL)
     metrics = tmp_path / "run" / "metrics.jsonl"
     thread = signal_when(lambda: metrics.exists() and '"step": 2,' in metrics.read_text(), number)
     assert train(straight, tmp_path / "run", tmp_path / "adapters") == 75
@@ -73,7 +90,7 @@ def test_a_signal_stops_after_the_step_and_names_the_command_that_goes_on(straig
     assert not (tmp_path / "run" / "adapter").exists()
     assert run(shlex.split(command)[1:]) == 0
     same_result(straight, tmp_path)
-    assert signal.getsignal(signal.SIGHUP) in {signal.SIG_DFL, None}
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
 
 
 def test_killed_after_every_file_of_the_end_it_comes_to_the_same_result(straight, tmp_path):

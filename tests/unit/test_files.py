@@ -89,3 +89,15 @@ def test_run_files_hold_no_nan(tmp_path):
     assert not (run.path / "x.json").exists()
     run.write_json("x.json", {"loss": 1.0})
     assert json.loads((run.path / "x.json").read_text()) == {"loss": 1.0}
+
+
+def test_a_disk_error_that_a_library_tells_in_its_own_words_is_a_disk_error(tmp_path):
+    class SafetensorError(Exception):
+        pass
+
+    told = "Error while serializing: I/O error: No space left on device (os error 28)"
+    with pytest.raises(CannotWriteError, match="No space left on device"), staged_folder(tmp_path / "a"):
+        raise SafetensorError(told)
+    with pytest.raises(SafetensorError, match="header"), staged_folder(tmp_path / "a"):
+        raise SafetensorError("header too long")
+    assert not list(tmp_path.iterdir())
