@@ -12,16 +12,8 @@ from ruamel.yaml import YAML
 
 from lora_tune.errors import LoraTuneError, MissingInputError, RecipeError, UsageError
 from lora_tune.recipe.closed_yaml import ClosedYaml, Problem, parse
-from lora_tune.recipe.schema import (
-    BUILTIN_BASES,
-    BUILTIN_TEMPLATES,
-    EXPECTED,
-    SECTIONS,
-    MixedSet,
-    Recipe,
-    Section,
-    conflicts,
-)
+from lora_tune.recipe.conflicts import EXPECTED, conflicts
+from lora_tune.recipe.schema import BUILTIN_BASES, BUILTIN_TEMPLATES, SECTIONS, MixedSet, Recipe, Section
 from lora_tune.recipe.template import read_template
 
 _FROM_SET = 0

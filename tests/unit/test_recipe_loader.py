@@ -6,8 +6,9 @@ import pytest
 
 from lora_tune.errors import LoraTuneError, MissingInputError, RecipeError, UsageError
 from lora_tune.recipe.closed_yaml import parse
+from lora_tune.recipe.conflicts import conflicts
 from lora_tune.recipe.loader import dump_recipe, load_recipe, portable
-from lora_tune.recipe.schema import Recipe, conflicts
+from lora_tune.recipe.schema import Recipe
 
 GOOD = """\
 version: 1
