@@ -67,18 +67,20 @@ class RunDir:
         """Return what run.json says, or nothing where the run ended before it was written.
 
         Raises:
-            MissingInputError: it cannot be read (exit 66).
+            MissingInputError: it cannot be read, or is gone while checkpoints are there (exit 66).
         """
         try:
+            if not (self.path / FACTS).exists() and not any(self.checkpoints.glob("step-*")):
+                return {}
             values = json.loads((self.path / FACTS).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
+            if not isinstance(values, dict):
+                raise ValueError("it holds no object")
         except (OSError, ValueError) as err:
             raise MissingInputError(
                 f"{self.path / FACTS} cannot be read ({err}), and without it nothing tells whose checkpoints these are",
                 hint="start a new run, without --resume",
             ) from err
-        return values if isinstance(values, dict) else {}
+        return values
 
 
 def create_run_dir(name: str, *, path: Path | None = None, root: Path = Path("runs")) -> RunDir:

@@ -98,7 +98,7 @@ def translated(err: OSError, final: Path) -> LoraTuneError:
         return CannotCreateError(
             f"{final} exists already and is never overwritten", hint="give another name, or move it away"
         )
-    if err.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT):
+    if err.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT):
         return CannotCreateError(
             f"cannot create {final}: {err.strerror or err}",
             hint="check the folder's permissions, or give another place",

@@ -294,6 +294,10 @@ def _interrupted(*, as_json: bool) -> int:
     return INTERRUPTED
 
 
+_UNFIT_PLACE = {errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG}
+"""What a file system says of a place that is not what it should be; never of our own doing."""
+
+
 def _translate(err: Exception) -> LoraTuneError:
     """Typer's own complaints are usage errors, a full disk is one anywhere; anything else is our bug, and says so."""
     if hasattr(err, "format_message") and hasattr(err, "exit_code"):
@@ -303,6 +307,10 @@ def _translate(err: Exception) -> LoraTuneError:
     if isinstance(err, OSError) and err.errno in {errno.ENOSPC, errno.EDQUOT, errno.EIO}:
         return CannotWriteError(
             f"{err.strerror}: {err.filename or 'a temporary file'}", hint="free some space there, then run it again"
+        )
+    if isinstance(err, OSError) and err.filename and err.errno in _UNFIT_PLACE:
+        return CannotWriteError(
+            f"{err.strerror}: {err.filename}", hint="make that place what it was, or give another place"
         )
     return LoraTuneError(
         f"{type(err).__name__}: {err}",

@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from lora_tune.adapter.apply import trained_weights
-from lora_tune.staging import translated
+from lora_tune.staging import translated, write_file
 from lora_tune.training.memory import peak_memory_gib
 from lora_tune.training.numbers import check_held_out_loss
 from lora_tune.training.prepare import Notify
@@ -90,9 +90,20 @@ class StepLog(TrainerCallback):
         """Go on where `state` was taken: what was logged of later steps is dropped, they come again."""
         self.losses, self.held_out_loss = list(losses), kept["held_out_loss"]
         self.seconds, self.peak_memory_gib = float(kept["seconds"]), float(kept["peak_memory_gib"])
-        if self.path.exists():
-            os.truncate(self.path, min(self.path.stat().st_size, int(kept["metrics_bytes"])))
+        self._cut_back(int(kept["metrics_bytes"]), step)
         self._append({"event": "resumed", "step": step})
+
+    def _cut_back(self, n_bytes: int, step: int) -> None:
+        """Drop what was logged after the first `n_bytes`; where those are not all there, keep the lines that are, and say so."""
+        content = self.path.read_bytes() if self.path.is_file() else b""
+        lines = content[:n_bytes].splitlines(keepends=True)
+        kept = [line for line in lines if _is_line(line)]
+        if len(content) < n_bytes or len(kept) < len(lines):
+            write_file(self.path, b"".join(kept).decode("utf-8"))
+            message = f"{self.path} was damaged or cut short: {len(kept)} of its lines up to step {step} are left"
+            self.tell({"event": "warning", "message": message})
+        elif len(content) > n_bytes:
+            os.truncate(self.path, n_bytes)
 
     def _synced(self) -> int:
         if not self.path.exists():
@@ -172,3 +183,11 @@ class BestWeights(TrainerCallback):
 def _finite(value: Any) -> Any:
     """JSON has no NaN: write it as null, so that every reader can read the file."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _is_line(line: bytes) -> bool:
+    """Return whether it is a whole line of metrics.jsonl."""
+    try:
+        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
+    except ValueError:
+        return False

@@ -248,8 +248,9 @@ def _write_resumed(
 ) -> None:
     """Write down that the run went on, and keep the recipe that held until then where it changed."""
     if changes:
-        before = (run.path / "recipe.resolved.yaml").read_text(encoding="utf-8")
-        run.write(f"recipe.until-step-{step:06d}.yaml", before)
+        with suppress(FileNotFoundError):
+            before = (run.path / "recipe.resolved.yaml").read_text(encoding="utf-8")
+            run.write(f"recipe.until-step-{step:06d}.yaml", before)
         run.write("recipe.yaml", loaded.text)
         run.write("recipe.resolved.yaml", dump_recipe(loaded.recipe))
     went_on = {"step": step, "changed": {change.field: [change.then, change.now] for change in changes}}

@@ -190,6 +190,47 @@ def test_where_every_checkpoint_is_damaged_it_stops_and_touches_nothing(straight
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("left", [None, b"", b"\xff\xfe\x00nonsense\n", b'{"event": "step", "step": 1}\n{"event": '])
+def test_a_log_that_was_damaged_is_said_so_and_keeps_its_good_lines(straight, tmp_path, capsys, left):
+    folder = stopped_run(straight, tmp_path)
+    path = folder / "metrics.jsonl"
+    path.unlink() if left is None else path.write_bytes(left)
+    assert train(straight, folder, tmp_path / "adapters", "--resume") == 0
+    kept = 1 if left and b'"step": 1' in left else 0
+    assert f"was damaged or cut short: {kept} of its lines up to step 4 are left" in capsys.readouterr().err
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines if line["event"] == "step"] == [1] * kept + [5, 6]
+    assert figures_of_report(folder) == figures_of_report(straight.parent / "run")
+
+
+@pytest.mark.parametrize(("name", "code", "told"), [
+    ("checkpoints", 74, "Not a directory"),
+    ("metrics.jsonl", 73, "Is a directory"),
+    ("run.json", 66, "nothing tells whose checkpoints these are"),
+])  # fmt: skip
+def test_a_part_of_a_run_that_is_no_longer_what_it_was_stops_it_without_a_bug_report(
+    straight, tmp_path, capsys, name, code, told
+):
+    folder = stopped_run(straight, tmp_path)
+    path = folder / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if name == "checkpoints":
+        path.write_text("")
+    elif name == "metrics.jsonl":
+        path.mkdir()
+    assert train(straight, folder, tmp_path / "adapters", "--resume") == code
+    err = capsys.readouterr().err
+    assert told in err and str(path) in err and "bug" not in err
+
+
+def test_a_run_whose_resolved_recipe_is_gone_takes_an_allowed_change(straight, tmp_path):
+    folder = stopped_run(straight, tmp_path)
+    (folder / "recipe.resolved.yaml").unlink()
+    words = ("--resume", "--set", "train.max_steps=7", "--allow-drift", "train.max_steps")
+    assert train(straight, folder, tmp_path / "adapters", *words) == 0
+    assert "max_steps: 7" in (folder / "recipe.resolved.yaml").read_text()
+
+
 def test_a_finished_run_is_told_and_left_as_it_is(straight, capsys):
     report = json.loads((straight.parent / "run" / "report.json").read_text())
     capsys.readouterr()

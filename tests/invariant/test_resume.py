@@ -11,6 +11,18 @@ from tests.resuming import Recipe, StopAfter, figures, logged, same_bits, sit
 RECIPES = {
     "lora": Recipe(),
     "nf4": Recipe(quantization="nf4"),
+    "int8": Recipe(quantization="int8"),
+    "more steps than an epoch has, and a short last batch": Recipe(
+        n_rows=5, gradient_accumulation_steps=2, max_steps=7
+    ),
+    "packed, accumulated, measured": Recipe(
+        batching="packed",
+        epochs=2.0,
+        n_rows=24,
+        gradient_accumulation_steps=2,
+        held_out=3,
+        evaluation={"every_steps": 2},
+    ),
     "accumulated, in the second epoch": Recipe(gradient_accumulation_steps=2, epochs=1.5),
     "grouped by length": Recipe(batching="grouped", epochs=1.2),
     "packed": Recipe(batching="packed", epochs=2.0, n_rows=24),
