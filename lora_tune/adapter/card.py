@@ -105,7 +105,9 @@ def plain(words: str) -> str:
     escaped = "".join(f"\\{c}" if c in _MARKDOWN else c for c in _one_line(words))
     # What GFM makes a link without any bracket: `https://…`, `www.…`.
     escaped = escaped.replace("://", ":\\//").replace("www.", "www\\.")
-    # A line that begins so is a heading, list or rule; the words may stand first in theirs.
+    # A line that begins so is a heading, list or rule, or code; the words may stand first in theirs.
+    if escaped.startswith(" "):
+        return f"&#32;{escaped[1:]}"
     return f"\\{escaped}" if escaped[:1] in "-+=!>" and escaped else escaped
 
 

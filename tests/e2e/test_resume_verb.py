@@ -5,8 +5,7 @@ import os
 import shlex
 import shutil
 import signal
-import threading
-import time
+from contextlib import contextmanager
 
 import pytest
 
@@ -38,18 +37,20 @@ def train(recipe, run_dir, adapters, *words):
     return run(["train", str(recipe), "--run-dir", str(run_dir), "--registry", str(adapters), *words])
 
 
-def signal_when(condition, number=signal.SIGTERM):
-    """Send this process a signal as soon as `condition()` holds."""
+@contextmanager
+def signalled_after_step(step, metrics, number):
+    """Send this process a signal soon after a step is logged: its own working time is the clock, however busy the machine."""
 
-    def watch():
-        end = time.monotonic() + 60
-        while time.monotonic() < end and not condition():
-            time.sleep(0.002)
-        os.kill(os.getpid(), number)
+    def look(*_):
+        if metrics.exists() and f'"step": {step},' in metrics.read_text():
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            os.kill(os.getpid(), number)
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    return thread
+    before = signal.signal(signal.SIGPROF, look)
+    signal.setitimer(signal.ITIMER_PROF, 0.002, 0.002)
+    yield
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.signal(signal.SIGPROF, before)
 
 
 def same_result(recipe, folder):
@@ -72,18 +73,16 @@ def hangup():
 def test_under_nohup_a_closed_terminal_ends_nothing(straight, tmp_path, hangup):
     hangup(signal.SIG_IGN)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    thread = signal_when(lambda: metrics.exists() and '"step": 2,' in metrics.read_text(), signal.SIGHUP)
-    assert train(straight, tmp_path / "run", tmp_path / "adapters") == 0
-    thread.join()
+    with signalled_after_step(2, metrics, signal.SIGHUP):
+        assert train(straight, tmp_path / "run", tmp_path / "adapters") == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_after_the_step_and_names_the_command_that_goes_on(straight, tmp_path, capsys, hangup, number):
     hangup(signal.SIG_DFL)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    thread = signal_when(lambda: metrics.exists() and '"step": 2,' in metrics.read_text(), number)
-    assert train(straight, tmp_path / "run", tmp_path / "adapters") == 75
-    thread.join()
+    with signalled_after_step(2, metrics, number):
+        assert train(straight, tmp_path / "run", tmp_path / "adapters") == 75
     told = capsys.readouterr().err
     assert f"stopped by {signal.Signals(number).name} after step" in told
     command = next(line for line in told.splitlines() if "go on with: " in line).split("go on with: ")[1]

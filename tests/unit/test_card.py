@@ -8,7 +8,7 @@ from copy import deepcopy
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from ruamel.yaml import YAML
@@ -125,6 +125,8 @@ def test_hostile_words_stay_words_in_the_text(words):
 
 
 @given(WORDS)
+@example(" ")
+@example("    four spaces are no code block")
 @settings(suppress_health_check=[HealthCheck.too_slow])
 def test_any_words_are_only_text(words):
     assert shown(f"x {plain(words)} y").tags == ["p"]
