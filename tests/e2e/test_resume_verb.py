@@ -46,6 +46,8 @@ def signalled_after_step(step, metrics, number):
             signal.setitimer(signal.ITIMER_PROF, 0)
             os.kill(os.getpid(), number)
 
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background job
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.signal(signal.SIGPROF, look)
     signal.setitimer(signal.ITIMER_PROF, 0.002, 0.002)
     yield
