@@ -28,6 +28,7 @@ class Children:
         self._server = subprocess.Popen(
             [sys.executable, "-m", "tests.killed_run"], cwd=ROOT, env=environment, text=True, bufsize=1,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            start_new_session=True,  # the kernel hangs up stopped children of a group whose leader's parent ends
         )  # fmt: skip
         assert self._answer() == "ready"
         return self

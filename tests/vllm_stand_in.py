@@ -70,7 +70,7 @@ class VllmStandIn:
             vllm = stand_in
 
         if path is None:
-            self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+            self._server = _Server(("127.0.0.1", port), Handler)
             self.port = self._server.server_address[1]
             self.url = f"http://127.0.0.1:{self.port}"
         else:
@@ -103,6 +103,10 @@ def until(holds, seconds=20.0):
 
 class _SocketServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     pass
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 128  # as many at once as real servers take; the library's 5 make a busy machine drop some
 
 
 class _Handler(BaseHTTPRequestHandler):
