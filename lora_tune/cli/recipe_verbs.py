@@ -52,7 +52,7 @@ def check(path: Path, overrides: Sequence[str], *, tokens: bool, html: Path | No
         plan = _plan(recipe, ready.splits)
         padding = plan.padding_share(recipe.train.micro_batch_sequences)
         found["batching"] = {"chosen": plan.batching, "padding_share": round(padding, 4)}
-        found["steps"] = _steps(recipe, len(_plan(recipe, ready.splits).widths))
+        found["steps"] = _plan(recipe, ready.splits).steps(recipe.train)
         found["warnings"] += token_warnings(ready.splits, ready.tokenizer)
     found["warnings"] += _step_warnings(recipe, found["steps"])
     if html:
@@ -188,7 +188,7 @@ def _train(
 
     recipe = loaded.recipe
     ready = _prepared(recipe, notify)
-    for warning in _step_warnings(recipe, _steps(recipe, len(_plan(recipe, ready.splits).widths))):
+    for warning in _step_warnings(recipe, _plan(recipe, ready.splits).steps(recipe.train)):
         notify({"event": "warning", "message": warning})
     if run is None:
         run = held.enter_context(closing(create_run_dir(recipe.output.name, path=wish.run_dir)))
@@ -234,7 +234,7 @@ def _dry_run(recipe: Recipe, notify: Callable[[Any], None]) -> dict[str, Any]:
         "dry_run": True,
         "recipe": dump_recipe(recipe),
         "data": ready.splits.counts(),
-        "steps": _steps(recipe, len(_plan(recipe, ready.splits).widths)),
+        "steps": _plan(recipe, ready.splits).steps(recipe.train),
     }
 
 
@@ -264,13 +264,6 @@ def _quick_steps(recipe: Recipe, rows: CheckedRows) -> int | None:
     grows = augment.copies > 0 or augment.balance_labels > 0
     if recipe.train.max_steps is None and (recipe.train.batching == "packed" or grows):
         return None
-    return _steps(recipe, rows.rows_an_epoch)
+    from lora_tune.data.order import n_steps
 
-
-def _steps(recipe: Recipe, rows: int) -> int:
-    """Return how many steps the recipe takes, as the trainer counts: a last, smaller batch is a step too."""
-    if recipe.train.max_steps is not None:
-        return recipe.train.max_steps
-    micro_batches = -(-rows // recipe.train.micro_batch_sequences)
-    per_epoch = max(1, -(-micro_batches // recipe.train.gradient_accumulation_steps))
-    return -int(-recipe.train.epochs * per_epoch // 1)
+    return n_steps(recipe.train, rows.rows_an_epoch)

@@ -46,6 +46,10 @@ class BatchPlan:
             return random_order(len(self.widths), seed=self.seed, epoch=epoch)
         return grouped_batches(self.widths, self.step_sequences, seed=self.seed, epoch=epoch)
 
+    def steps(self, section: TrainSection) -> int:
+        """Return how many steps the section takes over these sequences."""
+        return n_steps(section, len(self.widths))
+
     def padding_share(self, batch: int) -> float:
         """Return the share of padding in the first epoch when `batch` sequences stand side by side."""
         return padding_share(self.widths, self.order(0), batch)
@@ -67,6 +71,15 @@ def plan_batches(lengths: Indices, section: TrainSection, *, limit: int) -> Batc
         return BatchPlan(batching, widths, packs, step_sequences, seed)
     chosen = choose_batching(lengths, step_sequences, seed=seed) if batching == "auto" else batching
     return BatchPlan(chosen, lengths, None, step_sequences, seed)
+
+
+def n_steps(section: TrainSection, n_sequences: int) -> int:
+    """Return how many steps a run takes, as the trainer counts: a last, smaller batch is a step too."""
+    if section.max_steps is not None:
+        return section.max_steps
+    micro_batches = -(-n_sequences // section.micro_batch_sequences)
+    per_epoch = max(1, -(-micro_batches // section.gradient_accumulation_steps))
+    return -int(-section.epochs * per_epoch // 1)
 
 
 def random_order(n_rows: int, *, seed: int, epoch: int, draw: int = 0) -> Indices:

@@ -14,7 +14,8 @@ from lora_tune.adapter import registry
 from lora_tune.adapter.apply import apply_lora, trained_weights
 from lora_tune.adapter.export import Provenance, add_figures, export_adapter, library_versions
 from lora_tune.adapter.manifest import DataFacts
-from lora_tune.errors import OutOfMemoryError
+from lora_tune.data.order import plan_batches
+from lora_tune.errors import OutOfMemoryError, UsageError
 from lora_tune.interruption import Interruption
 from lora_tune.model.dense import quiet
 from lora_tune.model.fingerprint import canonical_digest, fingerprint, remember_base, tokenizer_digest, tokenizer_files
@@ -114,12 +115,29 @@ def _begin(
     sitting.stop.when = f"before it went on; the checkpoint of step {start.step} stands as it was"
     kept = snapshot.read_state(start.folder)
     changes = check_unchanged(kept["identity"], identity, sitting.allowed_drift)
+    _check_steps_left(loaded.recipe, ready, start.step)
     set_aside(passed)
     _write_resumed(run, loaded, start.step, facts, changes)
     for change in changes:
         notify({"event": "warning", "message": f"{change} from step {start.step} on, as you allowed"})
     notify({"event": "resumed", "step": start.step, "checkpoint": str(start.folder)})
     return replace(course, start=start, drifted=bool(changes))
+
+
+def _check_steps_left(recipe: Recipe, ready: Prepared, done: int) -> None:
+    """Check that a run whose length may drift does not end before its checkpoint.
+
+    Raises:
+        UsageError: it does: what was trained already cannot be taken back (exit 2).
+    """
+    plan = plan_batches(ready.splits.train.n_tokens_by_row, recipe.train, limit=recipe.data.max_seq_tokens)
+    if (steps := plan.steps(recipe.train)) < done:
+        field = "train.epochs" if recipe.train.max_steps is None else "train.max_steps"
+        raise UsageError(
+            f"the run has {steps} steps by now, and its checkpoint is of step {done}: {done - steps} steps cannot be untrained",
+            hint=f"raise {field} until there are {done} steps, or start a new run without --resume",
+            where=field,
+        )
 
 
 def _trained(

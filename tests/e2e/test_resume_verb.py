@@ -156,6 +156,19 @@ def test_an_allowed_change_goes_on_is_told_and_is_written_down(straight, tmp_pat
     assert (folder / "recipe.until-step-000004.yaml").exists()
 
 
+@pytest.mark.parametrize(("settings", "told"), [
+    (["train.max_steps=3"], "the run has 3 steps by now, and its checkpoint is of step 4"),
+    (["train.max_steps=null", "train.epochs=0.3"], "raise train.epochs until there are 4 steps"),
+])  # fmt: skip
+def test_a_run_cannot_be_made_shorter_than_its_checkpoint(straight, tmp_path, capsys, settings, told):
+    folder = stopped_run(straight, tmp_path)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    words = [word for setting in settings for word in ("--set", setting, "--allow-drift", setting.split("=")[0])]
+    assert train(straight, folder, tmp_path / "adapters", "--resume", *words) == 2
+    assert told in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize(("words", "told", "code"), [
     (["--resume", "--allow-drift", "train.epoch"], "there is no such field", 2),
     (["--resume", "--allow-drift", "train.seed"], "cannot go on with that changed", 2),
